@@ -168,7 +168,8 @@ def complex_rotation(x, theta, start=0):
     frequency = theta ** (-torch.arange(0, x.shape[-1], 2, dtype=torch.float64) / x.shape[-1])
     angle = torch.outer(torch.arange(start, start + x.shape[1], dtype=torch.float64), frequency)
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, None]).flatten(-2)
+    turns = torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
