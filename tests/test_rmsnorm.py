@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+import llama_ext as lx
+from harness import DTYPES, LAYOUTS, check_op, randn
+
+SHAPES = [(5, 64), (2, 3, 257), (1, 3), (37, 4096), (70, 33), (2, 0), (0, 16), (3, 2, 2, 96)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_instruction_set(isa, shape, dtype):
+    if shape[-1] == 0:
+        assert lx.rmsnorm(randn(*shape, dtype=dtype), randn(0, dtype=dtype)).shape == shape
+        return
+    x, residual = (randn(*shape, dtype=dtype) for _ in range(2))
+    w = randn(shape[-1], dtype=dtype)
+    check_op(lx.rmsnorm, lx.ref.rmsnorm, x, w, dtype=dtype)
+    check_op(lx.rmsnorm_residual, lx.ref.rmsnorm_residual, x, residual, w, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(layout, dtype):
+    x, residual = (LAYOUTS[layout](randn(3, 5, 2, 70, dtype=dtype)) for _ in range(2))
+    w = LAYOUTS["scattered"](randn(70, dtype=dtype))
+    check_op(lx.rmsnorm, lx.ref.rmsnorm, x, w, dtype=dtype, cotangent_layout=LAYOUTS[layout])
+    check_op(lx.rmsnorm_residual, lx.ref.rmsnorm_residual, x, residual, w, dtype=dtype,
+             cotangent_layout=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp32_weight(isa, dtype):
+    check_op(lx.rmsnorm, lx.ref.rmsnorm, randn(9, 100, dtype=dtype), randn(100), dtype=dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_large_and_small(scale):
+    check_op(lx.rmsnorm, lx.ref.rmsnorm, randn(9, 100, scale=scale), randn(100), dtype=torch.float32)
+
+
+def test_one_nan_stays_in_its_row():
+    x = randn(4, 50)
+    x[1, 3] = float("nan")
+    y = lx.rmsnorm(x, torch.ones(50))
+    assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all()
+
+
+def test_gradcheck():
+    x, residual, w = (randn(*s, dtype=torch.float64).requires_grad_() for s in ((3, 7), (3, 7), (7,)))
+    assert torch.autograd.gradcheck(lx.rmsnorm, (x, w))
+    assert torch.autograd.gradcheck(lx.rmsnorm_residual, (x, residual, w))
