@@ -2,8 +2,8 @@
  *
  * Plain C: raw pointers, sizes, strides in elements. Outputs come first and are overwritten, never
  * accumulated into. Nothing is allocated or kept between calls; scratch memory that outlives a
- * kernel is passed in. Accumulation is in fp32 (fp64 for fp64 data), with one rounding at the store.
- * Every result is bitwise the same from run to run and for any number of threads.
+ * kernel is passed in. Accumulation is in fp32 (fp64 for fp64 data), with one rounding at the
+ * store. Every result is bitwise the same from run to run and for any number of threads.
  *
  * B batch, T queries, S keys, H heads, Hkv key/value heads, D width or head dim, F feed-forward
  * width, V vocabulary. "acc" is fp32, or fp64 when dtype is fp64.

@@ -4,8 +4,8 @@
 (llama_ext.ref) in PyTorch at the tested dtype. With u = eps/2 of that dtype, e = got - ref and
 e_b = base - ref, a result passes when its non-finite entries are where ref's are and
 
-1. max|e| <= 2 * max(max|e_b|, k * u * max|ref|): no entry is worse than twice plain PyTorch's worst,
-   or than k roundings: 1 for bf16 and fp16, which are computed in fp32 and rounded once; 3 for fp32,
+1. max|e| <= 2 * max(max|e_b|, k * u * max|ref|): no entry is worse than twice PyTorch's worst, or
+   than k roundings: 1 for bf16 and fp16, which are computed in fp32 and rounded once; 3 for fp32,
    where every step rounds, and PyTorch's own worst entry may be luckier than a formula of three
    steps deserves;
 2. |<e, ref>| / <ref, ref> <= 0.08 * u + 2^-23

@@ -13,7 +13,7 @@ def randn(*shape, dtype=torch.float32, mean=0.25, scale=1.0):
 
 
 def strided(x):
-    """x with the same values in every other row of a wider buffer: unit last stride, gaps between."""
+    """x with the same values in rows of a wider buffer: unit last stride, gaps between."""
     wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 3), float("nan"), dtype=x.dtype)
     view = wide[..., 1:1 + x.shape[-1]]
     view.copy_(x)

@@ -36,7 +36,8 @@ def test_fp32_weight(isa, dtype):
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_large_and_small(scale):
-    check_op(lx.rmsnorm, lx.ref.rmsnorm, randn(9, 100, scale=scale), randn(100), dtype=torch.float32)
+    x, w = randn(9, 100, scale=scale), randn(100)
+    check_op(lx.rmsnorm, lx.ref.rmsnorm, x, w, dtype=torch.float32)
 
 
 def test_one_nan_stays_in_its_row():
@@ -47,6 +48,7 @@ def test_one_nan_stays_in_its_row():
 
 
 def test_gradcheck():
-    x, residual, w = (randn(*s, dtype=torch.float64).requires_grad_() for s in ((3, 7), (3, 7), (7,)))
+    x, residual, w = (randn(*shape, dtype=torch.float64).requires_grad_()
+                      for shape in ((3, 7), (3, 7), (7,)))
     assert torch.autograd.gradcheck(lx.rmsnorm, (x, w))
     assert torch.autograd.gradcheck(lx.rmsnorm_residual, (x, residual, w))

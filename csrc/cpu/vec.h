@@ -2,8 +2,8 @@
 //
 // Every file under csrc/cpu is compiled once per instruction set with LX_ISA set to its name; all
 // names live in namespace lx::LX_ISA, so that no two instruction sets share a function. Arithmetic
-// is that of GCC's vector extension (+ - * / < ? : work on whole vectors); only conversions that the
-// compiler does not find by itself are intrinsics.
+// is that of GCC's vector extension (+ - * / < ? : work on whole vectors); only conversions that
+// the compiler does not find by itself are intrinsics.
 #pragma once
 #include <immintrin.h>
 

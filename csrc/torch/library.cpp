@@ -1,5 +1,5 @@
-// Every operator torch sees. "need" flags say which gradients are wanted; an unwanted one comes back
-// empty. rstd, lse and other saved values are fp32, fp64 for fp64 data.
+// Every operator torch sees. "need" flags say which gradients are wanted; an unwanted one comes
+// back empty. rstd, lse and other saved values are fp32, fp64 for fp64 data.
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(llama_ext, m) {

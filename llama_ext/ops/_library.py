@@ -1,4 +1,4 @@
-"""Loads the compiled operators (torch.ops.llama_ext) and holds what every op's Python side shares."""
+"""Loads the compiled operators (torch.ops.llama_ext); what every op's Python side shares."""
 
 import functools
 from pathlib import Path
