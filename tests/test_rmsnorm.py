@@ -52,3 +52,29 @@ def test_gradcheck():
                       for shape in ((3, 7), (3, 7), (7,)))
     assert torch.autograd.gradcheck(lx.rmsnorm, (x, w))
     assert torch.autograd.gradcheck(lx.rmsnorm_residual, (x, residual, w))
+
+
+@pytest.mark.parametrize("x, weight, sentence", [
+    (randn(2, 3), randn(4), r"weight: expected shape \(3,\), the last of x, got \(4,\)"),
+    (randn(2, 3), randn(3, 1), r"weight: expected shape \(3,\), the last of x, got \(3, 1\)"),
+    (randn(2, 3), randn(3).double(), "weight: expected float32, got float64"),
+    (randn(2, 3).bfloat16(), randn(3).half(),
+     "weight: expected bfloat16 or float32, got float16"),
+    (torch.ones(2, 3, dtype=torch.int32), randn(3),
+     "x: expected float32, bfloat16, float16 or float64, got int32"),
+    (torch.tensor(1.0), randn(1), r"x: expected shape \(..., D\), got \(\)"),
+])
+def test_bad_input_is_one_sentence(x, weight, sentence):
+    with pytest.raises(RuntimeError, match=f"^rmsnorm: {sentence}$"):
+        lx.rmsnorm(x, weight)
+
+
+def test_bad_residual_is_one_sentence():
+    x, w = randn(2, 3), randn(3)
+    with pytest.raises(RuntimeError, match=r"^rmsnorm_residual: residual: expected the shape of x, "
+                                           r"\(2, 3\), got \(3, 3\)$"):
+        lx.rmsnorm_residual(x, randn(3, 3), w)
+    with pytest.raises(RuntimeError, match="residual: expected the dtype of x, float32, got float16"):
+        lx.rmsnorm_residual(x, x.half(), w)
+    with pytest.raises(RuntimeError, match="^rmsnorm: eps: expected a number >= 0, got -1$"):
+        lx.rmsnorm(x, w, -1)
