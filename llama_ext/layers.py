@@ -1,0 +1,191 @@
+"""Drop-in nn.Modules around the kernels: put them into any model, in place of torch's own.
+
+B batch, T tokens, S positions a cache holds, H heads, Hkv key/value heads, D head dim, C width.
+"""
+
+import torch
+from torch import nn
+
+from .ops import attention, rmsnorm, rmsnorm_residual, rope, swiglu
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467, eq. 4).
+
+    forward(x) -> y, both (..., dim); forward(x, residual) -> (rmsnorm(x + residual), x + residual)
+    in one kernel. weight: (dim,), in the dtype of x or fp32.
+    """
+
+    def __init__(self, dim, eps=1e-6, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+
+    def forward(self, x, residual=None):
+        if residual is None:
+            return rmsnorm(x, self.weight, self.eps)
+        return rmsnorm_residual(x, residual, self.weight, self.eps)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class SwiGLU(nn.Module):
+    """forward(gate, up) = silu(gate) * up, elementwise (arXiv 2002.05202, eq. 6)."""
+
+    def forward(self, gate, up):
+        return swiglu(gate, up)
+
+
+class FeedForward(nn.Module):
+    """w2(swiglu(w1(x), w3(x))), (..., dim) -> (..., dim), without biases (Meta's names)."""
+
+    def __init__(self, dim, hidden_dim, device=None, dtype=None):
+        super().__init__()
+        options = {"bias": False, "device": device, "dtype": dtype}
+        self.w1 = nn.Linear(dim, hidden_dim, **options)
+        self.w2 = nn.Linear(hidden_dim, dim, **options)
+        self.w3 = nn.Linear(dim, hidden_dim, **options)
+        self.swiglu = SwiGLU()
+
+    def reset_parameters(self):
+        for linear in (self.w1, self.w2, self.w3):
+            linear.reset_parameters()
+
+    def forward(self, x):
+        return self.w2(self.swiglu(self.w1(x), self.w3(x)))
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding (arXiv 2104.09864, eq. 34): position p turns pair i by
+    p / theta^(2i / head_dim).
+
+    interleaved=True rotates the pairs (2i, 2i+1), as Meta's weights want it; False the pairs
+    (i, i + head_dim/2), as Hugging Face's. One module may serve every layer of a model.
+
+    cos and sin, (max_seq_len, head_dim/2), are made in fp64 and rounded once to fp32. They follow
+    the module between devices, stay fp32 whatever dtype it is cast to, are right even after
+    to_empty(), and are in no state_dict.
+    """
+
+    def __init__(self, head_dim, theta=10000.0, max_seq_len=2048, interleaved=True, device=None):
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"RotaryEmbedding: head_dim: expected an even number, got {head_dim}")
+        self.head_dim, self.theta, self.interleaved = head_dim, theta, interleaved
+        self._fill(max_seq_len, torch.get_default_device() if device is None else device)
+
+    @torch.inference_mode(False)  # tables first grown while generating must serve training too
+    def _fill(self, length, device):
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
+        position = torch.arange(length, dtype=torch.float64, device="cpu")
+        angle = torch.outer(position, self.theta ** (-exponent / self.head_dim))
+        self.register_buffer("cos", angle.cos().float().to(device), persistent=False)
+        self.register_buffer("sin", angle.sin().float().to(device), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._fill(self.cos.shape[0], self.cos.device)
+        return self
+
+    def forward(self, q, k, start_pos=0, positions=None):
+        """q (B, T, H, D) and k (B, T, Hkv, D), rotated.
+
+        Token t stands at position start_pos + t (the tables grow when that exceeds them), or at
+        positions[b, t], int64 (B, T), if given; those must lie below max_seq_len, checked on the
+        device without waiting for it. Raises ValueError for a negative start_pos, RuntimeError for
+        positions outside the tables.
+        """
+        if positions is None:
+            end = start_pos + q.shape[1]
+            if start_pos < 0:
+                raise ValueError(f"RotaryEmbedding: start_pos: expected >= 0, got {start_pos}")
+            if end > self.cos.shape[0]:
+                self._fill(max(end, 2 * self.cos.shape[0]), self.cos.device)
+            cos, sin = self.cos[start_pos:end], self.sin[start_pos:end]  # (T, D/2)
+        else:
+            length = self.cos.shape[0]
+            torch._assert_async(
+                ((positions >= 0) & (positions < length)).all(),
+                f"RotaryEmbedding: positions: expected 0 to {length - 1} (max_seq_len - 1), "
+                "got some outside")
+            cos, sin = self.cos[positions], self.sin[positions]          # (B, T, D/2)
+        return rope(q, cos, sin, self.interleaved), rope(k, cos, sin, self.interleaved)
+
+    def extra_repr(self):
+        return (f"{self.head_dim}, theta={self.theta}, max_seq_len={self.cos.shape[0]}, "
+                f"interleaved={self.interleaved}")
+
+
+class CausalSelfAttention(nn.Module):
+    """wo(attention(rotary(wq(x)), rotary(wk(x)), wv(x))), without biases (Meta's names).
+
+    n_kv_heads < n_heads shares each key/value head among n_heads / n_kv_heads query heads (GQA).
+    window=w lets each token see only its w most recent ones, itself included. rotary: a
+    RotaryEmbedding to share with other layers; by default the layer has its own.
+    """
+
+    def __init__(self, dim, n_heads, n_kv_heads=None, window=None, rotary=None, device=None,
+                 dtype=None):
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if n_heads < 1 or dim % n_heads:
+            raise ValueError(f"CausalSelfAttention: dim: expected a multiple of n_heads {n_heads}, "
+                             f"got {dim}")
+        if n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError("CausalSelfAttention: n_kv_heads: expected a divisor of n_heads "
+                             f"{n_heads}, got {n_kv_heads}")
+        if window is not None and window < 1:
+            raise ValueError(f"CausalSelfAttention: window: expected >= 1 or None, got {window}")
+        self.n_heads, self.n_kv_heads, self.window = n_heads, n_kv_heads, window
+        self.head_dim = dim // n_heads
+        options = {"bias": False, "device": device, "dtype": dtype}
+        self.wq = nn.Linear(dim, dim, **options)
+        self.wk = nn.Linear(dim, n_kv_heads * self.head_dim, **options)
+        self.wv = nn.Linear(dim, n_kv_heads * self.head_dim, **options)
+        self.wo = nn.Linear(dim, dim, **options)
+        self.rotary = RotaryEmbedding(self.head_dim, device=device) if rotary is None else rotary
+
+    def reset_parameters(self):
+        for linear in (self.wq, self.wk, self.wv, self.wo):
+            linear.reset_parameters()
+
+    def forward(self, x, start_pos=0, positions=None, cache=None):
+        """(B, T, C) -> (B, T, C).
+
+        start_pos, positions: where the tokens stand, as in RotaryEmbedding. cache: a pair of
+        tensors k, v, each (B, S, Hkv, D), whose first start_pos rows are filled: the T new rows are
+        written behind them and the tokens attend to all start_pos + T (for inference: no gradient
+        flows through rows of earlier calls). Raises ValueError when they do not fit.
+        """
+        if x.dim() != 3:
+            raise ValueError(f"CausalSelfAttention: x: expected (B, T, {self.wq.in_features}), "
+                             f"got shape {tuple(x.shape)}")
+        B, T, _ = x.shape
+        q = self.wq(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.wk(x).view(B, T, -1, self.head_dim)  # (B, T, Hkv, D)
+        v = self.wv(x).view(B, T, -1, self.head_dim)
+        q, k = self.rotary(q, k, start_pos, positions)
+        if cache is not None:
+            k, v = self._append(k, v, cache, start_pos)
+        return self.wo(attention(q, k, v, window=self.window).reshape(B, T, -1))
+
+    def _append(self, k, v, cache, start_pos):
+        """Writes k, v behind the cache's first start_pos rows; returns views of all filled rows."""
+        k_cache, v_cache = cache
+        end = start_pos + k.shape[1]
+        if k_cache.shape[0] != k.shape[0] or k_cache.shape[1] < end:
+            raise ValueError(
+                f"CausalSelfAttention: cache: expected batch {k.shape[0]} and room for {end} "
+                f"positions, got batch {k_cache.shape[0]} and {k_cache.shape[1]} positions")
+        k_cache[:, start_pos:end] = k
+        v_cache[:, start_pos:end] = v
+        return k_cache[:, :end], v_cache[:, :end]
+
+    def extra_repr(self):
+        return (f"dim={self.wq.in_features}, n_heads={self.n_heads}, "
+                f"n_kv_heads={self.n_kv_heads}, window={self.window}")
