@@ -4,7 +4,7 @@
       model.safetensors      weights under Meta's names
       config.json            the model's shape
       tokenizer.model        the tokenizer, so that the folder is all that generation needs
-      training.safetensors   "optimizer/<parameter>/<slot>" and "rng/<device>" tensors
+      training.safetensors   "optimizer/<parameter>/<slot>" tensors, and "rng/cpu"
       state.json             step, the trainer's state, size and CRC-32 of every other file
 
 A checkpoint is written and fsynced under a temporary name, then renamed. Older ones beyond `keep`
@@ -110,7 +110,7 @@ def read_state(path):
 
 
 def load(path, model, optimizer=None):
-    """Load the checkpoint `path` into `model` and `optimizer` and torch's generators, in place.
+    """Load the checkpoint `path` into `model` and `optimizer` and torch's CPU generator, in place.
 
     Returns (step, state). Raises LlamaExtError for a damaged checkpoint or another model's.
     """
@@ -148,8 +148,6 @@ def read_config(path):
 
 def _training_tensors(model, optimizer):
     tensors = {"rng/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors.update({f"rng/cuda/{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())})
     for name, p in model.named_parameters() if optimizer else ():
         for slot, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer/{name}/{slot}"] = value.contiguous()
@@ -169,9 +167,6 @@ def _load_training_tensors(file, model, optimizer):
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
     torch.set_rng_state(tensors["rng/cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"rng/cuda/{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng/cuda/{i}"], i)
 
 
 def _fault(path):
