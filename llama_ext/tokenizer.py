@@ -70,13 +70,7 @@ class Tokenizer:
         """[encode(t) for t in texts], on `num_threads` threads."""
         texts = list(texts)
         for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(f"encode: text must be a str, got {type(text).__name__}")
-            try:
-                text.encode()
-            except UnicodeEncodeError as e:
-                raise ValueError("encode: text must be valid Unicode, got a lone surrogate "
-                                 f"{text[e.start]!r} at character {e.start}") from None
+            _check_text("encode", text)
         # A literal U+2581 would come back as a space, so it goes in as its three bytes.
         segments = [segment for text in texts for segment in text.split(_SPACE)]
         encoded = iter(self._sp.encode(segments, num_threads=num_threads))
@@ -118,13 +112,14 @@ class Tokenizer:
         """Learn `vocab_size` pieces from `texts`, write the model to `path`, return the Tokenizer.
 
         texts: iterable of str, read up to TRAIN_CHARS characters. Two threads; the same texts give
-        the same file. Raises LlamaExtError when the texts are empty or too short for `vocab_size`,
-        and when `path` cannot be written.
+        the same file. Raises ValueError for a lone surrogate, LlamaExtError when the texts are
+        empty or too short for `vocab_size`, and when `path` cannot be written.
         """
+        sentences = list(_sentences(texts))  # outside the try: errors of `texts` are not ours
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_sentences(texts), model_writer=model, vocab_size=vocab_size,
+                sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab_size,
                 model_type="bpe", split_digits=True, byte_fallback=True,
                 normalization_rule_name="identity", add_dummy_prefix=False,
                 remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
@@ -140,6 +135,16 @@ class Tokenizer:
         return Tokenizer(path)
 
 
+def _check_text(where, text):
+    if not isinstance(text, str):
+        raise TypeError(f"{where}: text must be a str, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where}: text must be valid Unicode, got a lone surrogate "
+                         f"{text[e.start]!r} at character {e.start}") from None
+
+
 def _piece_bytes(sp, i):
     """The bytes that id `i` stands for: none for control pieces and <unk>."""
     if sp.is_control(i) or sp.is_unknown(i):
@@ -152,6 +157,7 @@ def _sentences(texts):
     """Cut the first TRAIN_CHARS characters of `texts` into sentences that SentencePiece keeps."""
     left = TRAIN_CHARS
     for text in texts:
+        _check_text("train", text)
         text = text[:left].replace(_DROPPED, " ")
         for start in range(0, len(text), _CHUNK):
             yield text[start:start + _CHUNK]

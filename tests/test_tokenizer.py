@@ -10,7 +10,8 @@ from llama_ext import tokenizer as tokenizer_module
 from llama_ext.errors import LlamaExtError
 from llama_ext.tokenizer import Tokenizer
 
-CODE = "def area(self, r):\n    if r < 0:\n\t\traise ValueError('r')\n    return 3.14159 * r * r\n\n\n"
+CODE = ("def area(self, r):\n    if r < 0:\n\t\traise ValueError('r')\n"
+        "    return 3.14159 * r * r\n\n\n")
 TEXTS = [CODE.replace("area", f"area_{i}").replace("r", "rw"[i % 2]) for i in range(200)]
 TEXTS += ["<s> naïve café </s> <0x41> <unk> \0 \u2581 \u2585 " * 20]
 
@@ -31,12 +32,12 @@ def random_text(rng):
     """Mostly code-like, with every kind of character mixed in."""
     def char():
         while True:
-            c = chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000)]))
+            c = chr(rng.randrange(rng.choice([0x80, 0x3000, 0x110000])))
             if not "\ud800" <= c <= "\udfff":
                 return c
     parts = [CODE, "    ", "\t\t", "\n\n", "\r\n", "<s>", "</s>", "<unk>", "<0x0A>", "\0", "\u2581",
-             "\u2581\u2581 ", "\u2585", "\ufffd", "\ufeff", "\u2028", " \u2047 ", "\U0001f468\u200d",
-             "e\u0301", "\ufb01", "12345", "  ", ""]
+             "\u2581\u2581 ", "\u2585", "\ufffd", "\ufeff", "\u2028", " \u2047 ",
+             "\U0001f468\u200d", "e\u0301", "\ufb01", "12345", "  ", ""]
     return "".join(rng.choice(parts) if rng.random() < 0.5 else char() for _ in range(12))
 
 
