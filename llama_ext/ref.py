@@ -17,7 +17,7 @@ def _acc(x):
 
 
 def rmsnorm(x, weight, eps=1e-6):
-    """y = x / sqrt(mean(x^2) + eps) * weight; (..., D), (D,) -> (..., D). arXiv 1910.07467, eq. 4."""
+    """x / sqrt(mean(x^2) + eps) * weight; (..., D), (D,) -> (..., D). arXiv 1910.07467, eq. 4."""
     xf = x.to(_acc(x))
     y = xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
     return (y * weight.to(y.dtype)).to(x.dtype)

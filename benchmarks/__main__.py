@@ -1,0 +1,89 @@
+"""Command line of the benchmarks."""
+
+import argparse
+import json
+import math
+import os
+import sys
+
+import torch
+from tqdm import tqdm
+
+import llama_ext as lx
+from llama_ext import memory
+
+from .cases import CASES
+from .timing import measure
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DIRECTIONS = ("forward", "forward+backward")
+
+
+def ratio(results, direction):
+    """Time of the fastest peer over ours: above 1, we are faster."""
+    peers = {name: r[direction] for name, r in results.items() if name != "llama_ext"}
+    best = min(peers, key=peers.get)
+    return peers[best] / results["llama_ext"][direction], best
+
+
+def geometric_mean(values):
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def run(args):
+    memory.reuse_freed_memory()
+    torch.set_num_threads(args.threads)
+    ops = list(dict.fromkeys(case.op for case in CASES))
+    unknown = set(args.ops or ops) - set(ops)
+    if unknown:
+        sys.exit(f"benchmarks: --ops: expected some of {', '.join(ops)}, got {', '.join(unknown)}")
+    cases = [(case, dtype) for case in CASES if case.op in (args.ops or ops)
+             for dtype in args.dtypes]
+    print(f"llama_ext {lx.__version__}, torch {torch.__version__}, CPU kernels "
+          f"{lx.info()['cpu']['isa']}, {args.threads} threads; milliseconds, medians of "
+          f"{args.rounds} interleaved rounds; freed memory {memory.status()}")
+    header = f"{'op':20} {'shape':26} {'dtype':5} {'direction':16} {'ours':>9} " \
+             f"{'best peer':>20} {'ratio':>6}"
+    rows, summary = [], {}
+    for case, dtype in tqdm(cases, unit="case", disable=None):
+        results = measure(case, DTYPES[dtype], args.rounds)
+        rows.append({"op": case.op, "shape": case.shape, "dtype": dtype, "providers": results})
+        for direction in DIRECTIONS:
+            value, best = ratio(results, direction)
+            summary.setdefault((case.op, dtype, direction), []).append(value)
+            if header:
+                tqdm.write(header, file=sys.stdout)
+                header = None
+            ours, peer = results["llama_ext"][direction], results[best][direction]
+            tqdm.write(f"{case.op:20} {case.shape:26} {dtype:5} {direction:16} {ours * 1e3:9.3f} "
+                       f"{f'{best} {peer * 1e3:.3f}':>20} {value:6.2f}", file=sys.stdout)
+            sys.stdout.flush()
+    print("\nGeometric means over shapes of (fastest peer's time / ours); above 1, we are faster")
+    for (op, dtype, direction), values in summary.items():
+        print(f"{op:20} {dtype:5} {direction:16} {geometric_mean(values):6.2f}")
+    if args.json:
+        part = f"{args.json}.part"
+        with open(part, "w") as file:
+            json.dump({"info": lx.info(), "rows": rows}, file, indent=1)
+        os.replace(part, args.json)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("run", help="time the ops beside their peers, on the CPU",
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument("--ops", nargs="+", help="which ops (all when not given)")
+    command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"],
+                         help="which dtypes")
+    command.add_argument("--rounds", type=int, default=9, help="timing rounds")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(),
+                         help="threads for every provider")
+    command.add_argument("--json", help="also write every figure to this file")
+    command.set_defaults(run=run)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+// The CPU's table of kernels for one instruction set; compiled once for each (see setup.py).
+#include "rmsnorm.h"
+
+#define LX_STRING_(s) #s
+#define LX_STRING(s) LX_STRING_(s)
+#define LX_CONCAT_(a, b) a##b
+#define LX_CONCAT(a, b) LX_CONCAT_(a, b)
+
+extern "C" const Kernels* LX_CONCAT(lx_cpu_kernels_, LX_ISA)() {
+  using namespace lx::LX_ISA;
+  static const Kernels table = {
+      .version = kApiVersion,
+      .name = "CPU " LX_STRING(LX_ISA),
+      .rmsnorm_fwd = rmsnorm_fwd,
+      .rmsnorm_bwd = rmsnorm_bwd,
+      .rmsnorm_bwd_parts = rmsnorm_bwd_parts,
+  };
+  return &table;
+}

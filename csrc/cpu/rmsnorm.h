@@ -1,0 +1,129 @@
+// RMSNorm, with and without a residual added first. Formulas in csrc/api.h.
+//
+// A row is read twice, the second time from cache. The backward takes four rows at a time, so that
+// the weight and its gradient are read and written once for the four; the gradient of the weight is
+// summed per part (a fixed share of the rows), then over the parts in order.
+#pragma once
+#include <cmath>
+
+#include "parallel.h"
+
+LX_NAMESPACE_BEGIN
+
+template <class T, class W>
+void rmsnorm_fwd_row(T* y, T* h, Acc<T>* rstd, const T* x, const T* residual, const W* weight,
+                     int64_t D, double eps) {
+  using A = Acc<T>;
+  Vec<A> squares[4] = {};
+  int lane = 0;
+  for_each_vec<A>(D, [&](int64_t j, auto n) {
+    Vec<A> v = load(x + j, n);
+    if (residual) {
+      store(h + j, v + load(residual + j, n), n);
+      v = load(h + j, n);  // normalise what is stored: the backward sees the same numbers
+    }
+    squares[lane & 3] += v * v;
+    lane++;
+  });
+  const double mean = double(sum((squares[0] + squares[1]) + (squares[2] + squares[3]))) / D;
+  *rstd = static_cast<A>(1 / std::sqrt(mean + eps));
+  const T* in = residual ? h : x;
+  for_each_vec<A>(D, [&](int64_t j, auto n) {
+    store(y + j, load(in + j, n) * *rstd * load(weight + j, n), n);
+  });
+}
+
+Status rmsnorm_fwd(void* y, void* h, void* rstd, const void* x, Rows x_rows, const void* residual,
+                   Rows residual_rows, const void* weight, int64_t D, double eps, DType dtype,
+                   DType weight_dtype, Stream stream) {
+  return dispatch(dtype, weight_dtype, [&](auto t, auto w) {
+    using T = decltype(t);
+    parallel_for(stream, count(x_rows), grain_rows(D), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++)
+        rmsnorm_fwd_row(static_cast<T*>(y) + i * D, h ? static_cast<T*>(h) + i * D : nullptr,
+                        static_cast<Acc<T>*>(rstd) + i, row<T>(x, x_rows, i),
+                        residual ? row<T>(residual, residual_rows, i) : nullptr,
+                        static_cast<const decltype(w)*>(weight), D, eps);
+    });
+    return kOk;
+  });
+}
+
+inline int64_t rmsnorm_bwd_parts(int64_t rows) { return rows < 1024 ? (rows + 31) / 32 : 32; }
+
+// kRows rows of dx; their share of dweight is added to dw (D), unless it is null.
+template <int kRows, class T, class W>
+void rmsnorm_bwd_rows(T* dx, Acc<T>* dw, const T* const* dy, const T* const* dh, const T* const* h,
+                      const W* weight, const Acc<T>* rstd, int64_t D) {
+  using A = Acc<T>;
+  Vec<A> dots[kRows] = {};
+  for_each_vec<A>(D, [&](int64_t j, auto n) {
+    const Vec<A> w = load(weight + j, n);
+    for (int r = 0; r < kRows; r++) dots[r] += load(dy[r] + j, n) * w * load(h[r] + j, n);
+  });
+  A scale[kRows];
+  for (int r = 0; r < kRows; r++)
+    scale[r] = static_cast<A>(double(rstd[r]) * rstd[r] * sum(dots[r]) / D);
+  for_each_vec<A>(D, [&](int64_t j, auto n) {
+    const Vec<A> w = load(weight + j, n);
+    Vec<A> dw_rows{};
+    for (int r = 0; r < kRows; r++) {
+      const Vec<A> g = load(dy[r] + j, n), v = load(h[r] + j, n);
+      Vec<A> d = rstd[r] * (g * w - v * scale[r]);
+      if (dh) d += load(dh[r] + j, n);
+      store(dx + r * D + j, d, n);
+      dw_rows += g * (v * rstd[r]);
+    }
+    if (dw) store(dw + j, load(dw + j, n) + dw_rows, n);
+  });
+}
+
+template <class T, class W>
+void rmsnorm_bwd_part(T* dx, Acc<T>* dw, const void* dy, const Rows& dy_rows, const void* dh,
+                      const Rows& dh_rows, const void* h, const Rows& h_rows, const W* weight,
+                      const Acc<T>* rstd, int64_t D, int64_t begin, int64_t end) {
+  if (dw) memset(dw, 0, D * sizeof *dw);
+  const auto rows_from = [&](int64_t i, auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    const T *dy_row[kRows], *dh_row[kRows], *h_row[kRows];
+    for (int r = 0; r < kRows; r++) {
+      dy_row[r] = row<T>(dy, dy_rows, i + r);
+      h_row[r] = row<T>(h, h_rows, i + r);
+      if (dh) dh_row[r] = row<T>(dh, dh_rows, i + r);
+    }
+    rmsnorm_bwd_rows<kRows>(dx + i * D, dw, dy_row, dh ? dh_row : nullptr, h_row, weight, rstd + i,
+                            D);
+  };
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) rows_from(i, std::integral_constant<int, 4>{});
+  for (; i < end; i++) rows_from(i, std::integral_constant<int, 1>{});
+}
+
+Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows dy_rows,
+                   const void* dh, Rows dh_rows, const void* h, Rows h_rows, const void* weight,
+                   const void* rstd, int64_t D, DType dtype, DType weight_dtype, Stream stream) {
+  return dispatch(dtype, weight_dtype, [&](auto t, auto w) {
+    using T = decltype(t);
+    using W = decltype(w);
+    using A = Acc<T>;
+    const int64_t rows = count(h_rows), parts = rmsnorm_bwd_parts(rows);
+    A* sums = dweight ? static_cast<A*>(partial) : nullptr;  // (parts, D)
+    parallel_for(stream, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++)
+        rmsnorm_bwd_part(static_cast<T*>(dx), sums ? sums + p * D : nullptr, dy, dy_rows, dh,
+                         dh_rows, h, h_rows, static_cast<const W*>(weight),
+                         static_cast<const A*>(rstd), D, rows * p / parts, rows * (p + 1) / parts);
+    });
+    if (!dweight) return kOk;
+    parallel_for(stream, D, grain_rows(parts), [&](int64_t begin, int64_t end) {
+      for_each_vec<A>(end - begin, [&](int64_t j, auto n) {
+        Vec<A> total{};
+        for (int64_t p = 0; p < parts; p++) total += load(sums + p * D + begin + j, n);
+        store(static_cast<W*>(dweight) + begin + j, total, n);
+      });
+    });
+    return kOk;
+  });
+}
+
+LX_NAMESPACE_END

@@ -1,0 +1,26 @@
+// Every operator torch sees. "need" flags say which gradients are wanted; an unwanted one comes
+// back empty. rstd, lse and other saved values are fp32, fp64 for fp64 data.
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(llama_ext, m) {
+  m.def("rmsnorm_fwd(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
+  m.def("rmsnorm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool need_dweight)"
+        " -> (Tensor dx, Tensor dweight)");
+  m.def("rmsnorm_residual_fwd(Tensor x, Tensor residual, Tensor weight, float eps)"
+        " -> (Tensor y, Tensor h, Tensor rstd)");
+  m.def("rmsnorm_residual_bwd(Tensor dy, Tensor dh, Tensor h, Tensor weight, Tensor rstd,"
+        " bool need_dweight) -> (Tensor dx, Tensor dweight)");
+
+  m.def("cpu_isa(str name) -> str");  // the instruction set in use, after a switch; see backend.cpp
+  m.def("cpu_isas() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llama_ext, CompositeExplicitAutograd, m) {
+  m.impl("rmsnorm_fwd", TORCH_BOX(&lx::rmsnorm_fwd));
+  m.impl("rmsnorm_bwd", TORCH_BOX(&lx::rmsnorm_bwd));
+  m.impl("rmsnorm_residual_fwd", TORCH_BOX(&lx::rmsnorm_residual_fwd));
+  m.impl("rmsnorm_residual_bwd", TORCH_BOX(&lx::rmsnorm_residual_bwd));
+
+  m.impl("cpu_isa", TORCH_BOX(&lx::cpu_isa));
+  m.impl("cpu_isas", TORCH_BOX(&lx::cpu_isas));
+}
