@@ -106,6 +106,11 @@ typedef struct Kernels {
                               const int64_t* target, int64_t V, int64_t ignore_index, DType dtype,
                               Stream stream);
 
+  /* mean = sum(loss) / n, inv_count = 1 / n, where n counts the rows whose target is not
+   * ignore_index; single numbers, acc. loss (rows) acc. */
+  Status (*mean_loss)(void* mean, void* inv_count, const void* loss, const int64_t* target,
+                      int64_t rows, int64_t ignore_index, DType dtype, Stream stream);
+
   /* dlogits = (exp(logits - lse) - [column is target]) * dloss, 0 where target is ignore_index.
    * dlogits (rows, V) contiguous, may be logits itself; dloss is acc and lies dloss_stride apart
    * (0: one value for all rows). */

@@ -9,7 +9,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 def randn(*shape, dtype=torch.float32, mean=0.25, scale=1.0):
     """Random numbers with a non-zero mean."""
-    return (torch.randn(*shape, dtype=torch.float64) * scale + mean).to(dtype)
+    return (torch.randn(shape, dtype=torch.float64) * scale + mean).to(dtype)
 
 
 def strided(x):

@@ -1,5 +1,8 @@
 // The CPU's table of kernels for one instruction set; compiled once for each (see setup.py).
+#include "cross_entropy.h"
 #include "rmsnorm.h"
+#include "rope.h"
+#include "swiglu.h"
 
 #define LX_STRING_(s) #s
 #define LX_STRING(s) LX_STRING_(s)
@@ -14,6 +17,12 @@ extern "C" const Kernels* LX_CONCAT(lx_cpu_kernels_, LX_ISA)() {
       .rmsnorm_fwd = rmsnorm_fwd,
       .rmsnorm_bwd = rmsnorm_bwd,
       .rmsnorm_bwd_parts = rmsnorm_bwd_parts,
+      .swiglu_fwd = swiglu_fwd,
+      .swiglu_bwd = swiglu_bwd,
+      .rope = rope,
+      .cross_entropy_fwd = cross_entropy_fwd,
+      .mean_loss = mean_loss,
+      .cross_entropy_bwd = cross_entropy_bwd,
   };
   return &table;
 }

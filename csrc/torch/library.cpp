@@ -11,6 +11,20 @@ STABLE_TORCH_LIBRARY(llama_ext, m) {
   m.def("rmsnorm_residual_bwd(Tensor dy, Tensor dh, Tensor h, Tensor weight, Tensor rstd,"
         " bool need_dweight) -> (Tensor dx, Tensor dweight)");
 
+  m.def("swiglu_fwd(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
+  m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor");
+
+  // Per row; dloss is one number per row, or one for all. The second backward overwrites logits.
+  m.def("cross_entropy_fwd(Tensor logits, Tensor target, int ignore_index)"
+        " -> (Tensor loss, Tensor lse)");
+  m.def("mean_loss(Tensor loss, Tensor target, int ignore_index)"
+        " -> (Tensor mean, Tensor inv_count)");
+  m.def("cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse,"
+        " int ignore_index) -> Tensor");
+  m.def("cross_entropy_bwd_(Tensor dloss, Tensor(a!) logits, Tensor target, Tensor lse,"
+        " int ignore_index) -> ()");
+
   m.def("cpu_isa(str name) -> str");  // the instruction set in use, after a switch; see backend.cpp
   m.def("cpu_isas() -> str");
 }
@@ -20,6 +34,15 @@ STABLE_TORCH_LIBRARY_IMPL(llama_ext, CompositeExplicitAutograd, m) {
   m.impl("rmsnorm_bwd", TORCH_BOX(&lx::rmsnorm_bwd));
   m.impl("rmsnorm_residual_fwd", TORCH_BOX(&lx::rmsnorm_residual_fwd));
   m.impl("rmsnorm_residual_bwd", TORCH_BOX(&lx::rmsnorm_residual_bwd));
+
+  m.impl("swiglu_fwd", TORCH_BOX(&lx::swiglu_fwd));
+  m.impl("swiglu_bwd", TORCH_BOX(&lx::swiglu_bwd));
+  m.impl("rope", TORCH_BOX(&lx::rope));
+
+  m.impl("cross_entropy_fwd", TORCH_BOX(&lx::cross_entropy_fwd));
+  m.impl("mean_loss", TORCH_BOX(&lx::mean_loss));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&lx::cross_entropy_bwd));
+  m.impl("cross_entropy_bwd_", TORCH_BOX(&lx::cross_entropy_bwd_));
 
   m.impl("cpu_isa", TORCH_BOX(&lx::cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&lx::cpu_isas));

@@ -13,6 +13,18 @@ std::tuple<Tensor, Tensor, Tensor> rmsnorm_residual_fwd(Tensor x, Tensor residua
 std::tuple<Tensor, Tensor> rmsnorm_residual_bwd(Tensor dy, Tensor dh, Tensor h, Tensor weight,
                                                 Tensor rstd, bool need_dweight);
 
+Tensor swiglu_fwd(Tensor gate, Tensor up);
+std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dout, Tensor gate, Tensor up);
+
+Tensor rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse);
+
+std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor target, int64_t ignore_index);
+std::tuple<Tensor, Tensor> mean_loss(Tensor loss, Tensor target, int64_t ignore_index);
+Tensor cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse,
+                         int64_t ignore_index);
+void cross_entropy_bwd_(Tensor dloss, Tensor logits, Tensor target, Tensor lse,
+                        int64_t ignore_index);
+
 std::string cpu_isa(std::string name);
 std::string cpu_isas();
 

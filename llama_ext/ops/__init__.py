@@ -1,7 +1,11 @@
 """The operations: public functions with hand-written backward passes."""
 
-from ..ref import attention, cross_entropy, linear_cross_entropy, rope, swiglu
+from ..ref import attention
+from .cross_entropy import cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
 from .rmsnorm import rmsnorm, rmsnorm_residual
+from .rope import rope
+from .swiglu import swiglu
 
 __all__ = ["attention", "cross_entropy", "linear_cross_entropy", "rmsnorm", "rmsnorm_residual",
            "rope", "swiglu"]

@@ -37,9 +37,10 @@ def needs_grad(*tensors):
 
 
 def autocast_dtype(x):
-    """The dtype autocast asks for on x's device, None outside autocast."""
+    """The dtype autocast asks for on x's device, None outside autocast (meta has none)."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    active = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if active else None
 
 
 def single_backward(op):

@@ -1,0 +1,86 @@
+// Rotary position embedding, both pair layouts; the backward is the rotation by minus the angles.
+//
+// A token's table row is read once, for all its heads. Interleaved pairs are rotated as
+//   y = x * (c0 c0 c1 c1 ..) + swap(x) * (-s0 s0 -s1 s1 ..),  swap exchanging neighbours,
+// with the two factors spread out once per token.
+#pragma once
+#include "parallel.h"
+
+LX_NAMESPACE_BEGIN
+
+// (x1, x0, x3, x2, ...)
+template <class V> inline V swap_neighbours(V v) {
+  using Index = std::conditional_t<sizeof(Lane<V>) == 4, Int32, Int64>;
+  Index index;
+  for (int i = 0; i < kLanes<Lane<V>>; i++) index[i] = i ^ 1;
+  return __builtin_shuffle(v, index);
+}
+
+constexpr int64_t kRopeChunk = 512;  // elements of a head whose factors are spread out at a time
+
+template <class T, class W>
+void rope_token_interleaved(T* y, const T* x, int64_t x_head_stride, const W* cos, const W* sin,
+                            Acc<T> sign, int64_t H, int64_t D) {
+  using A = Acc<T>;
+  alignas(64) A c[kRopeChunk], s[kRopeChunk];
+  for (int64_t begin = 0; begin < D; begin += kRopeChunk) {
+    const int64_t width = D - begin < kRopeChunk ? D - begin : kRopeChunk;
+    for_each_vec<A>(width / 2, [&](int64_t j, auto n) {
+      const Vec<A> cj = load(cos + begin / 2 + j, n), sj = load(sin + begin / 2 + j, n) * sign;
+      for (int i = 0; i < kLanes<A> && j + i < width / 2; i++) {
+        c[2 * (j + i)] = c[2 * (j + i) + 1] = cj[i];
+        s[2 * (j + i)] = -sj[i];
+        s[2 * (j + i) + 1] = sj[i];
+      }
+    });
+    for (int64_t h = 0; h < H; h++) {
+      const T* in = x + h * x_head_stride + begin;
+      T* out = y + h * D + begin;
+      for_each_vec<A>(width, [&](int64_t j, auto n) {
+        const Vec<A> v = load(in + j, n);
+        store(out + j, v * load(c + j, n) + swap_neighbours(v) * load(s + j, n), n);
+      });
+    }
+  }
+}
+
+template <class T, class W>
+void rope_token_halves(T* y, const T* x, int64_t x_head_stride, const W* cos, const W* sin,
+                       Acc<T> sign, int64_t H, int64_t D) {
+  using A = Acc<T>;
+  const int64_t half = D / 2;
+  for (int64_t h = 0; h < H; h++) {
+    const T* in = x + h * x_head_stride;
+    T* out = y + h * D;
+    for_each_vec<A>(half, [&](int64_t j, auto n) {
+      const Vec<A> c = load(cos + j, n), s = load(sin + j, n) * sign;
+      const Vec<A> a = load(in + j, n), b = load(in + half + j, n);
+      store(out + j, a * c - b * s, n);
+      store(out + half + j, a * s + b * c, n);
+    });
+  }
+}
+
+Status rope(void* y, const void* x, Rows x_rows, const void* cos, const void* sin,
+            const int64_t table_stride[2], int64_t D, int interleaved, int inverse, DType dtype,
+            DType table_dtype, Stream stream) {
+  return dispatch(dtype, table_dtype, [&](auto t, auto w) {
+    using T = decltype(t);
+    using W = decltype(w);
+    const int64_t tokens = x_rows.size[1], H = x_rows.size[2];
+    parallel_for(stream, x_rows.size[0] * tokens, grain_rows(H * D), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t b = i / tokens, position = i % tokens;
+        const int64_t at = b * table_stride[0] + position * table_stride[1];
+        const auto rotate = interleaved ? rope_token_interleaved<T, W> : rope_token_halves<T, W>;
+        rotate(static_cast<T*>(y) + i * H * D,
+               static_cast<const T*>(x) + b * x_rows.stride[0] + position * x_rows.stride[1],
+               x_rows.stride[2], static_cast<const W*>(cos) + at, static_cast<const W*>(sin) + at,
+               inverse ? -1 : 1, H, D);
+      }
+    });
+    return kOk;
+  });
+}
+
+LX_NAMESPACE_END

@@ -1,0 +1,48 @@
+// SwiGLU's elementwise part. Formulas in csrc/api.h; s = sigmoid(gate).
+#pragma once
+#include "parallel.h"
+
+LX_NAMESPACE_BEGIN
+
+template <class V> inline V sigmoid(V x) { return 1 / (1 + exp(-x)); }
+
+Status swiglu_fwd(void* out, const void* gate, Rows gate_rows, const void* up, Rows up_rows,
+                  int64_t F, DType dtype, Stream stream) {
+  return dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    parallel_for(stream, count(gate_rows), grain_rows(F), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const T *g_row = row<T>(gate, gate_rows, i), *u_row = row<T>(up, up_rows, i);
+        T* out_row = static_cast<T*>(out) + i * F;
+        for_each_vec<Acc<T>>(F, [&](int64_t j, auto n) {
+          const Vec<Acc<T>> g = load(g_row + j, n);
+          store(out_row + j, g * sigmoid(g) * load(u_row + j, n), n);
+        });
+      }
+    });
+    return kOk;
+  });
+}
+
+Status swiglu_bwd(void* dgate, void* dup, const void* dout, Rows dout_rows, const void* gate,
+                  Rows gate_rows, const void* up, Rows up_rows, int64_t F, DType dtype,
+                  Stream stream) {
+  return dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    parallel_for(stream, count(gate_rows), grain_rows(F), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const T *d_row = row<T>(dout, dout_rows, i), *g_row = row<T>(gate, gate_rows, i);
+        const T* u_row = row<T>(up, up_rows, i);
+        T *dg_row = static_cast<T*>(dgate) + i * F, *du_row = static_cast<T*>(dup) + i * F;
+        for_each_vec<Acc<T>>(F, [&](int64_t j, auto n) {
+          const Vec<Acc<T>> d = load(d_row + j, n), g = load(g_row + j, n), s = sigmoid(g);
+          store(dg_row + j, d * load(u_row + j, n) * s * (1 + g * (1 - s)), n);
+          store(du_row + j, d * (g * s), n);
+        });
+      }
+    });
+    return kOk;
+  });
+}
+
+LX_NAMESPACE_END

@@ -1,0 +1,46 @@
+"""SwiGLU's elementwise part (arXiv 2002.05202)."""
+
+import torch
+
+from ._library import autocast_dtype, fake, kernel, needs_grad, single_backward
+
+swiglu_fwd = kernel("swiglu_fwd")
+swiglu_bwd = kernel("swiglu_bwd")
+
+
+@fake("swiglu_fwd")
+def _(gate, up):
+    return gate.new_empty(gate.shape)
+
+
+@fake("swiglu_bwd")
+def _(dout, gate, up):
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return swiglu_fwd(gate, up)
+
+    @single_backward("swiglu")
+    def backward(ctx, dout):
+        dgate, dup = swiglu_bwd(dout, *ctx.saved_tensors)
+        need_dgate, need_dup = ctx.needs_input_grad
+        return dgate if need_dgate else None, dup if need_dup else None
+
+
+def swiglu(gate, up):
+    """silu(gate) * up, elementwise (arXiv 2002.05202, eq. 6, with Swish_1).
+
+    gate, up: (..., F), one shape and dtype (float32, bfloat16, float16 or float64; under autocast
+    they may differ and are promoted to the wider), any strides: the two halves of one (..., 2F)
+    buffer are read in place. Returns (..., F), contiguous; computed in fp32 (fp64 for float64),
+    rounded once. The backward recomputes the sigmoid and writes both gradients in one pass.
+    Raises RuntimeError for shapes, dtypes or devices that do not fit.
+    """
+    if gate.dtype != up.dtype and autocast_dtype(gate) is not None:
+        wider = torch.promote_types(gate.dtype, up.dtype)
+        gate, up = gate.to(wider), up.to(wider)
+    return _SwiGLU.apply(gate, up) if needs_grad(gate, up) else swiglu_fwd(gate, up)

@@ -1,0 +1,100 @@
+import sys
+
+import pytest
+import torch
+
+import llama_ext as lx
+from harness import DTYPES, check_op, randn, scattered, transposed
+
+linear_ce = sys.modules["llama_ext.ops.linear_cross_entropy"]
+
+
+def case(rows, C, V, dtype, ignored=0):
+    target = torch.randint(V, (rows,))
+    target[:ignored] = -100
+    return randn(rows, C, dtype=dtype, mean=0.05), randn(V, C, dtype=dtype, scale=C ** -0.5), target
+
+
+def check_lce(hidden, weight, target):
+    check_op(lx.linear_cross_entropy, lx.ref.linear_cross_entropy, hidden, weight, target,
+             dtype=hidden.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, C, V", [(40, 64, 50), (17, 33, 301), (5, 1, 4), (3, 8, 1),
+                                        (1, 16, 9)])
+def test_one_chunk(isa, rows, C, V, dtype):
+    check_lce(*case(rows, C, V, dtype, ignored=rows // 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_chunks(monkeypatch, dtype):
+    hidden, weight, target = case(101, 48, 77, dtype, ignored=3)
+    monkeypatch.setattr(linear_ce, "CHUNK_BYTES", 10 * 77 * hidden.element_size())
+    check_lce(hidden, weight, target)
+
+
+def test_fp16_gradients_do_not_vanish_under_the_mean():
+    """With 20,000 rows an fp16 gradient of one logit, p / rows, is below the smallest subnormal."""
+    hidden, weight, target = case(20000, 8, 300, torch.float16)
+    check_lce(hidden, weight, target)
+
+
+def test_leading_dimensions_and_strides():
+    hidden, weight, target = case(24, 16, 30, torch.float32)
+    check_lce(hidden.view(2, 3, 4, 16), weight, target.view(2, 3, 4))
+    check_lce(transposed(hidden.view(4, 6, 16)), weight.t().contiguous().t(), target.view(4, 6))
+    check_lce(scattered(hidden), scattered(weight), torch.stack((target, target), 1)[:, 0])
+
+
+def test_empty_and_nothing_counted():
+    hidden, weight, target = case(0, 16, 30, torch.float32)
+    assert lx.linear_cross_entropy(hidden, weight, target).isnan()
+    hidden, weight, target = case(3, 16, 30, torch.float32, ignored=3)
+    assert lx.linear_cross_entropy(hidden, weight, target).isnan()
+
+
+def test_tied_weight_gets_both_gradients():
+    weight, tokens = randn(30, 16), torch.randint(30, (9,))
+
+    def grad(loss):
+        leaf = weight.clone().requires_grad_()
+        loss(torch.nn.functional.embedding(tokens, leaf), leaf, tokens).backward()
+        return leaf.grad
+    assert torch.allclose(grad(lx.linear_cross_entropy), grad(lx.ref.linear_cross_entropy),
+                          atol=1e-6)
+
+
+def test_never_holds_all_logits(monkeypatch):
+    hidden, weight, target = case(64, 16, 512, torch.float32)
+    chunk = 8 * 512 * 4
+    monkeypatch.setattr(linear_ce, "CHUNK_BYTES", chunk)
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if torch.is_tensor(t):
+                    largest = max(largest, t.untyped_storage().nbytes())
+            return out
+    with Sizes():
+        linear_ce.linear_cross_entropy_fwd._init_fn(hidden, weight, target, -100, True, True)
+    assert largest == max(chunk, weight.nbytes)
+
+
+@pytest.mark.parametrize("hidden, weight, target, sentence", [
+    (randn(3, 4), randn(9, 5), torch.zeros(3).long(), r"weight: expected shape \(V, 4\), got "
+                                                      r"\(9, 5\)"),
+    (randn(3, 4), randn(9, 4).half(), torch.zeros(3).long(),
+     "weight: expected the dtype of hidden, torch.float32, got torch.float16"),
+    (randn(3, 4), randn(9, 4), torch.zeros(3), "target: expected int64, got torch.float32"),
+    (randn(3, 4), randn(9, 4), torch.zeros(2).long(),
+     r"target: expected the shape of hidden, \(3, 4\), without the last, got \(2,\)"),
+    (randn(3, 4), randn(9, 4), torch.tensor([0, 9, 0]),
+     "target: expected 0 to 8 or ignore_index -100, got 9 in row 1"),
+])
+def test_bad_input_is_one_sentence(hidden, weight, target, sentence):
+    with pytest.raises(RuntimeError, match=f"^linear_cross_entropy: {sentence}$"):
+        lx.linear_cross_entropy(hidden, weight, target)
