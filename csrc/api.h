@@ -23,6 +23,7 @@ typedef enum Status {
   kOk = 0,
   kUnsupported = 1,  /* a dtype or size this backend has no kernel for */
   kLaunchFailed = 2, /* the device refused; see last_error */
+  kOutOfMemory = 3,  /* no room for a kernel's scratch memory */
 } Status;
 
 /* Where the rows of a tensor (n0, n1, n2, width) with unit last stride lie: row (i, j, k) begins at
@@ -124,13 +125,14 @@ typedef struct Kernels {
    * o = 0 and lse = -inf. */
   Status (*attention_fwd)(void* o, void* lse, const Attention* a, Stream stream);
 
-  /* p = exp(scores - lse), delta = sum(dout * o) per query, ds = p * (dout v^T - delta);
+  /* p = exp(scores - lse), delta = sum(dout * o) - dlse per query, ds = p * (dout v^T - delta);
    * dq = scale ds k, dk = scale ds^T q, dv = p^T dout, summed over the heads of a group.
-   * dq (B, T, H, D), dk, dv (B, S, Hkv, D) contiguous; delta like lse, scratch; o and dout laid out
-   * like o, with strides (b, t, h). */
+   * dq (B, T, H, D), dk, dv (B, S, Hkv, D) contiguous; delta, lse and its gradient dlse as lse of
+   * attention_fwd, delta scratch, dlse null when there is none; o contiguous; dout has strides
+   * (b, t, h) and unit last stride. */
   Status (*attention_bwd)(void* dq, void* dk, void* dv, void* delta, const void* dout,
-                          const int64_t dout_stride[3], const void* o, const int64_t o_stride[3],
-                          const void* lse, const Attention* a, Stream stream);
+                          const int64_t dout_stride[3], const void* o, const void* lse,
+                          const void* dlse, const Attention* a, Stream stream);
 } Kernels;
 
 #ifdef __cplusplus

@@ -346,7 +346,7 @@ def _lock(run_dir):
 def _resolve_dtype(dtype):
     if dtype != "auto":
         return dtype
-    return "bf16" if {"avx512_bf16", "amx"} & set(info()["cpu"]["available"]) else "fp32"
+    return "bf16" if "avx512_bf16" in info()["cpu"]["available"] else "fp32"
 
 
 def _changes(before, now):

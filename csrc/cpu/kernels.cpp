@@ -1,4 +1,6 @@
 // The CPU's table of kernels for one instruction set; compiled once for each (see setup.py).
+#include "attention_bwd.h"
+#include "attention_fwd.h"
 #include "cross_entropy.h"
 #include "rmsnorm.h"
 #include "rope.h"
@@ -23,6 +25,8 @@ extern "C" const Kernels* LX_CONCAT(lx_cpu_kernels_, LX_ISA)() {
       .cross_entropy_fwd = cross_entropy_fwd,
       .mean_loss = mean_loss,
       .cross_entropy_bwd = cross_entropy_bwd,
+      .attention_fwd = attention_fwd,
+      .attention_bwd = attention_bwd,
   };
   return &table;
 }

@@ -16,13 +16,17 @@ template <class Body> void parallel_for(Stream stream, int64_t n, int64_t grain,
       const_cast<Body*>(&body));
 }
 
-// body(i) for each i of [0, n), handed out one by one: for items of unequal cost.
+inline int num_threads(Stream stream) {
+  return static_cast<const ThreadPool*>(stream)->num_threads();
+}
+
+// body(i, thread) for each i of [0, n), handed out one by one: for items of unequal cost. No two
+// calls with the same thread, a number below num_threads, run at once.
 template <class Body> void parallel_items(Stream stream, int64_t n, const Body& body) {
   std::atomic<int64_t> next{0};
-  parallel_for(stream, static_cast<const ThreadPool*>(stream)->num_threads(), 1,
-               [&](int64_t, int64_t) {
-                 for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(i);
-               });
+  parallel_for(stream, num_threads(stream), 1, [&](int64_t thread, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(i, thread);
+  });
 }
 
 // About how many elements are worth a thread.

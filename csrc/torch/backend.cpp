@@ -4,19 +4,12 @@
 
 #include "binding.h"
 
-#if defined(__x86_64__)
-#include <asm/prctl.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 extern "C" {
 const Kernels* lx_cpu_kernels_plain();
 #if defined(__x86_64__)
 const Kernels* lx_cpu_kernels_avx2();
 const Kernels* lx_cpu_kernels_avx512();
 const Kernels* lx_cpu_kernels_avx512_bf16();
-const Kernels* lx_cpu_kernels_amx();
 #endif
 }
 
@@ -39,20 +32,11 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-bool has_amx() {  // the kernel grants a process its tile registers on request
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  unsigned eax = 7, ebx, ecx = 0, edx;
-  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  return has_avx512_bf16() && (edx & kAmxBf16) && (edx & kAmxTile) &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
 #endif
 
 const Isa kIsas[] = {
     // best first
 #if defined(__x86_64__)
-    {"amx", has_amx, lx_cpu_kernels_amx},
     {"avx512_bf16", has_avx512_bf16, lx_cpu_kernels_avx512_bf16},
     {"avx512", has_avx512, lx_cpu_kernels_avx512},
     {"avx2", has_avx2, lx_cpu_kernels_avx2},

@@ -15,6 +15,13 @@ STABLE_TORCH_LIBRARY(llama_ext, m) {
   m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor");
 
+  // window 0: none. cu_q, cu_k: both for packed sequences, or neither. dlse: none when it is zero.
+  m.def("attention_fwd(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window,"
+        " Tensor? cu_q, Tensor? cu_k) -> (Tensor o, Tensor lse)");
+  m.def("attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o,"
+        " Tensor lse, float scale, bool causal, int window, Tensor? cu_q, Tensor? cu_k)"
+        " -> (Tensor dq, Tensor dk, Tensor dv)");
+
   // Per row; dloss is one number per row, or one for all. The second backward overwrites logits.
   m.def("cross_entropy_fwd(Tensor logits, Tensor target, int ignore_index)"
         " -> (Tensor loss, Tensor lse)");
@@ -38,6 +45,9 @@ STABLE_TORCH_LIBRARY_IMPL(llama_ext, CompositeExplicitAutograd, m) {
   m.impl("swiglu_fwd", TORCH_BOX(&lx::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&lx::swiglu_bwd));
   m.impl("rope", TORCH_BOX(&lx::rope));
+
+  m.impl("attention_fwd", TORCH_BOX(&lx::attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&lx::attention_bwd));
 
   m.impl("cross_entropy_fwd", TORCH_BOX(&lx::cross_entropy_fwd));
   m.impl("mean_loss", TORCH_BOX(&lx::mean_loss));

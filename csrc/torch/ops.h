@@ -18,6 +18,15 @@ std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dout, Tensor gate, Tensor up);
 
 Tensor rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse);
 
+std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double scale, bool causal,
+                                         int64_t window, std::optional<Tensor> cu_q,
+                                         std::optional<Tensor> cu_k);
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, std::optional<Tensor> dlse, Tensor q,
+                                                 Tensor k, Tensor v, Tensor o, Tensor lse,
+                                                 double scale, bool causal, int64_t window,
+                                                 std::optional<Tensor> cu_q,
+                                                 std::optional<Tensor> cu_k);
+
 std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor target, int64_t ignore_index);
 std::tuple<Tensor, Tensor> mean_loss(Tensor loss, Tensor target, int64_t ignore_index);
 Tensor cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse,

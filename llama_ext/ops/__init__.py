@@ -1,6 +1,6 @@
 """The operations: public functions with hand-written backward passes."""
 
-from ..ref import attention
+from .attention import attention
 from .cross_entropy import cross_entropy
 from .linear_cross_entropy import linear_cross_entropy
 from .rmsnorm import rmsnorm, rmsnorm_residual

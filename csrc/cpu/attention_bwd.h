@@ -1,0 +1,251 @@
+// Attention backward, by recomputation from lse. Formulas in csrc/api.h.
+//
+// Transposed like the forward: tiles of scores are (keys, queries). One pass over the tiles makes
+// all three gradients with five products a tile. An item of work is one key/value head with the
+// query heads that share it; it takes kSpan keys at a time, with their gradients at hand, over all
+// strips of queries, whose gradients wait in fp32 between the spans. So every gradient has one
+// writer and one order of sums.
+#pragma once
+#include "attention.h"
+
+LX_NAMESPACE_BEGIN
+
+constexpr int64_t kSpan = 256;  // keys for which a strip of queries is laid out once
+
+template <class E> struct BackwardScratch {
+  using A = Acc<E>;
+  int64_t lines_ld, width;                // units of a line of D; D in whole vectors
+  A *keys, *values, *key_pairs, *keys_t;  // per block: lines, lines, pairs, transposed pairs
+  A *dk, *dv;                             // per block (kBlock, width)
+  A *queries, *douts;                     // (D units, kStrip) transposed lines
+  A *query_pairs, *dout_pairs;            // (kStrip units, width)
+  A *lse, *delta;                         // (kStrip), lse in units of log 2
+  A *scores, *dweights;                   // (kBlock, kStrip)
+  A *weight_lines, *ds_lines, *ds_pairs;  // (kBlock, kStrip units), (kBlock units, kStrip)
+  A *rows;                                // (kStrip, D)
+  A *dq;                                  // per head and strip (width, kStrip)
+  int64_t bytes;
+
+  BackwardScratch(char* memory, int64_t D, int64_t heads, int64_t strips) {
+    Cutter cut(memory);
+    constexpr int64_t kBlocks = kSpan / kBlock, kTile = kBlock * kStrip;
+    lines_ld = round_up((D + kUnit<E> - 1) / kUnit<E>, kPad<A>);
+    width = round_up(D, kPad<A>);
+    keys = cut.template array<A>(kBlocks * kBlock * lines_ld);
+    values = cut.template array<A>(kBlocks * kBlock * lines_ld);
+    key_pairs = cut.template array<A>(kBlock / kUnit<E> * width);
+    keys_t = cut.template array<A>(kBlocks * kBlock / kUnit<E> * width);
+    dk = cut.template array<A>(kBlocks * kBlock * width);
+    dv = cut.template array<A>(kBlocks * kBlock * width);
+    queries = cut.template array<A>(lines_ld * kStrip);
+    douts = cut.template array<A>(lines_ld * kStrip);
+    query_pairs = cut.template array<A>(kStrip / kUnit<E> * width);
+    dout_pairs = cut.template array<A>(kStrip / kUnit<E> * width);
+    lse = cut.template array<A>(kStrip);
+    delta = cut.template array<A>(kStrip);
+    scores = cut.template array<A>(kTile);
+    dweights = cut.template array<A>(kTile);
+    weight_lines = kUnit<E> == 1 ? scores : cut.template array<A>(kTile / kUnit<E>);
+    ds_lines = kUnit<E> == 1 ? dweights : cut.template array<A>(kTile / kUnit<E>);
+    ds_pairs = kUnit<E> == 1 ? dweights : cut.template array<A>(kTile / kUnit<E>);
+    rows = cut.template array<A>(kStrip * most(width, lines_ld));
+    dq = cut.template array<A>(heads * strips * width * kStrip);
+    bytes = cut.used();
+  }
+};
+
+// weights = 2^(scores - lse) and ds = weights * (dweights - delta), as operands.
+template <class E> void weights_and_ds(const BackwardScratch<E>& w) {
+  using A = Acc<E>;
+  constexpr int kU = kUnit<E>;
+  constexpr int64_t kLane = kLanes<A>, kLine = kStrip / kU;
+  for (int64_t n = 0; n < kBlock; n += kU)
+    for (int64_t r = 0; r < kStrip; r += kU * kLane) {
+      Vec<A> p[kU][kU], ds[kU][kU];  // kU keys, kU vectors of queries
+      for (int i = 0; i < kU; i++)
+        for (int v = 0; v < kU; v++) {
+          const int64_t column = r + v * kLane, at = (n + i) * kStrip + column;
+          p[i][v] = exp2(load(w.scores + at) - load(w.lse + column));
+          ds[i][v] = p[i][v] * (load(w.dweights + at) - load(w.delta + column));
+        }
+      for (int i = 0; i < kU; i++) {
+        store(w.weight_lines + (n + i) * kLine + r / kU, line<E>(p[i][0], p[i][kU - 1]));
+        store(w.ds_lines + (n + i) * kLine + r / kU, line<E>(ds[i][0], ds[i][kU - 1]));
+      }
+      if constexpr (kU > 1)
+        for (int v = 0; v < kU; v++)
+          store(w.ds_pairs + n / kU * kStrip + r + v * kLane, unit<E>(ds[0][v], ds[1][v]));
+    }
+}
+
+// The tile of block `block` (of the span; keys from j0 on) and the strip of queries from i0 on.
+template <class E>
+void backward_tile(const BackwardScratch<E>& w, int block, Acc<E>* dq, const Sequence& s,
+                   int64_t j0, int64_t i0, int64_t rows, int64_t D, Acc<E> scale) {
+  using A = Acc<E>;
+  constexpr int kU = kUnit<E>;
+  const int64_t units = (D + kU - 1) / kU;
+  const A* keys = w.keys + block * kBlock * w.lines_ld;
+  const A* values = w.values + block * kBlock * w.lines_ld;
+  scores_of<E>(w.scores, keys, w.queries, w.lines_ld, units, scale, s, j0, i0, rows);
+  memset(w.dweights, 0, kBlock * kStrip * sizeof(A));
+  for (int64_t n = 0; n < kBlock; n += kTileRows) {
+    const Seen seen = seen_by<A>(s, j0 + n, i0, rows);
+    product<E>(w.dweights + n * kStrip, kStrip, values + n * w.lines_ld, w.lines_ld, w.douts,
+               kStrip, seen.begin, seen.end, units, 1);
+  }
+  weights_and_ds(w);
+  const int vecs = w.width / kLanes<A>;
+  for (int64_t n = 0; n < kBlock; n += kTileRows) {
+    const Seen seen = seen_by<A>(s, j0 + n, i0, rows);
+    const int64_t first = seen.begin * kLanes<A> / kU;  // queries, in units
+    const int64_t count = (seen.end - seen.begin) * kLanes<A> / kU;
+    const int64_t at = (block * kBlock + n) * w.width, line = n * (kStrip / kU) + first;
+    accumulate<E>(w.dv + at, w.width, w.weight_lines + line, kStrip / kU,
+                  w.dout_pairs + first * w.width, w.width, 0, vecs, count);
+    accumulate<E>(w.dk + at, w.width, w.ds_lines + line, kStrip / kU,
+                  w.query_pairs + first * w.width, w.width, 0, vecs, count);
+  }
+  accumulate_over_keys<E>(dq, w.keys_t + block * (kBlock / kU) * w.width, w.ds_pairs, nullptr, s,
+                          j0, i0, rows, D);
+}
+
+// Lays out the n keys and values from j0 on as block `block`.
+template <class T, class E>
+void lay_out_keys(const BackwardScratch<E>& w, int block, const T* k, int64_t k_stride, const T* v,
+                  int64_t v_stride, int64_t n, int64_t D) {
+  constexpr int64_t kUnits = kBlock / kUnit<E>;
+  lines<E>(w.keys + block * kBlock * w.lines_ld, w.lines_ld, kBlock, k, k_stride, n, D);
+  lines<E>(w.values + block * kBlock * w.lines_ld, w.lines_ld, kBlock, v, v_stride, n, D);
+  pairs<E>(w.key_pairs, w.width, kBlock, k, k_stride, n, D);
+  transpose(w.keys_t + block * kUnits * w.width, kUnits, w.key_pairs, w.width, kUnits, w.width);
+}
+
+// Lays out the strip's queries or output gradients: transposed lines and pairs.
+template <class T, class E>
+void lay_out_queries(const BackwardScratch<E>& w, Acc<E>* lines_t, Acc<E>* pair_rows, const T* x,
+                     int64_t stride, int64_t n, int64_t D) {
+  lines<E>(w.rows, w.lines_ld, kStrip, x, stride, n, D);
+  transpose(lines_t, kStrip, w.rows, w.lines_ld, kStrip, w.lines_ld);
+  pairs<E>(pair_rows, w.width, kStrip, x, stride, n, D);
+}
+
+struct BackwardTensors {
+  void *dq, *dk, *dv;
+  const void *delta, *dout;
+  const int64_t* dout_stride;
+  const void* lse;
+};
+
+template <class T, class E>
+void backward_head(const BackwardTensors& g, const Attention& a, const Sequence& s, int64_t kv,
+                   const BackwardScratch<E>& w) {
+  using A = Acc<E>;
+  const int64_t D = a.D, heads = a.H / a.Hkv, strips = (s.T + kStrip - 1) / kStrip;
+  const int64_t q_stride = a.q_stride[1], dout_stride = g.dout_stride[1];
+  const T* k = static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2];
+  const T* v = static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2];
+  const int64_t dout_at = a.cu_q ? s.q_row * dout_stride : s.q_row / a.T * g.dout_stride[0];
+  const A* lse = static_cast<const A*>(g.lse) + s.lse_at;
+  const A* delta = static_cast<const A*>(g.delta) + s.lse_at;
+  memset(w.dq, 0, heads * strips * w.width * kStrip * sizeof(A));
+  for (int64_t span = 0; span < s.S; span += kSpan) {
+    const int64_t span_end = least(span + kSpan, s.S);
+    const int blocks = (span_end - span + kBlock - 1) / kBlock;
+    for (int block = 0; block < blocks; block++) {
+      const int64_t j0 = span + block * kBlock;
+      lay_out_keys<T, E>(w, block, k + j0 * a.k_stride[1], a.k_stride[1],
+                         v + j0 * a.v_stride[1], a.v_stride[1], least(kBlock, s.S - j0), D);
+    }
+    memset(w.dk, 0, blocks * kBlock * w.width * sizeof(A));
+    memset(w.dv, 0, blocks * kBlock * w.width * sizeof(A));
+    for (int64_t h = 0; h < heads; h++) {
+      const int64_t head = kv * heads + h;
+      const T* q = static_cast<const T*>(a.q) + s.q_at + head * a.q_stride[2];
+      const T* dout = static_cast<const T*>(g.dout) + dout_at + head * g.dout_stride[2];
+      const int64_t last = s.end_query(span_end - 1);
+      for (int64_t i0 = s.first_query(span) / kStrip * kStrip; i0 < last; i0 += kStrip) {
+        const int64_t rows = least(kStrip, s.T - i0);
+        lay_out_queries<T, E>(w, w.queries, w.query_pairs, q + i0 * q_stride, q_stride, rows, D);
+        lay_out_queries<T, E>(w, w.douts, w.dout_pairs, dout + i0 * dout_stride, dout_stride, rows,
+                              D);
+        for (int64_t r = 0; r < kStrip; r++) {
+          const A row_lse = r < rows ? lse[head * s.lse_stride + i0 + r] : 0;
+          const bool sees = row_lse != -std::numeric_limits<A>::infinity();
+          w.lse[r] = sees ? row_lse * A(kLog2e) : 0;  // of a query that sees nothing: scores -inf
+          w.delta[r] = r < rows ? delta[head * s.lse_stride + i0 + r] : 0;
+        }
+        for (int block = 0; block < blocks; block++) {
+          const int64_t j0 = span + block * kBlock;
+          if (s.first_key(i0) < j0 + kBlock && s.end_key(i0 + rows - 1) > j0)
+            backward_tile<E>(w, block, w.dq + (h * strips + i0 / kStrip) * w.width * kStrip, s, j0,
+                             i0, rows, D, static_cast<A>(a.scale * kLog2e));
+        }
+      }
+    }
+    const A scale = static_cast<A>(a.scale);
+    for (int64_t j = span; j < span_end; j++) {
+      const int64_t at = ((s.k_row + j) * a.Hkv + kv) * D, from = (j - span) * w.width;
+      for_each_vec<A>(D, [&](int64_t d, auto n) {
+        store(static_cast<T*>(g.dk) + at + d, load(w.dk + from + d, n) * scale, n);
+        store(static_cast<T*>(g.dv) + at + d, load(w.dv + from + d, n), n);
+      });
+    }
+  }
+  for (int64_t h = 0; h < heads; h++)
+    for (int64_t i0 = 0; i0 < s.T; i0 += kStrip) {
+      transpose(w.rows, w.width, w.dq + (h * strips + i0 / kStrip) * w.width * kStrip, kStrip,
+                w.width, kStrip);
+      for (int64_t r = 0; r < least(kStrip, s.T - i0); r++) {
+        T* row = static_cast<T*>(g.dq) + ((s.q_row + i0 + r) * a.H + kv * heads + h) * D;
+        for_each_vec<A>(D, [&](int64_t d, auto n) {
+          store(row + d, load(w.rows + r * w.width + d, n) * static_cast<A>(a.scale), n);
+        });
+      }
+    }
+}
+
+// delta = sum(dout * o) - dlse of every query.
+template <class T>
+void attention_delta(Acc<T>* delta, const T* dout, const int64_t* stride, const T* o,
+                     const Acc<T>* dlse, const Attention& a, Stream stream) {
+  const int64_t tokens = a.cu_q ? a.T : a.B * a.T;
+  parallel_for(stream, tokens, grain_rows(a.H * a.D), [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; token++) {
+      const int64_t b = a.cu_q ? 0 : token / a.T, t = token - b * a.T;
+      for (int64_t h = 0; h < a.H; h++) {
+        const T* grad = dout + (a.cu_q ? 0 : b * stride[0]) + t * stride[1] + h * stride[2];
+        const T* out = o + (token * a.H + h) * a.D;
+        Vec<Acc<T>> dot{};
+        for_each_vec<Acc<T>>(a.D, [&](int64_t d, auto n) { dot += load(grad + d, n) * load(out + d, n); });
+        const int64_t at = (b * a.H + h) * a.T + t;
+        delta[at] = sum(dot) - (dlse ? dlse[at] : 0);
+      }
+    }
+  });
+}
+
+Status attention_bwd(void* dq, void* dk, void* dv, void* delta, const void* dout,
+                     const int64_t dout_stride[3], const void* o, const void* lse,
+                     const void* dlse, const Attention* attention, Stream stream) {
+  const Attention& a = *attention;
+  return dispatch(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    using E = Factor<T>;
+    using A = Acc<T>;
+    const int64_t strips = (longest(a) + kStrip - 1) / kStrip;
+    const int64_t bytes = BackwardScratch<E>(nullptr, a.D, a.H / a.Hkv, strips).bytes;
+    const Scratch scratch(bytes * num_threads(stream));
+    if (!scratch.begin()) return kOutOfMemory;
+    attention_delta(static_cast<A*>(delta), static_cast<const T*>(dout), dout_stride,
+                    static_cast<const T*>(o), static_cast<const A*>(dlse), a, stream);
+    const BackwardTensors g = {dq, dk, dv, delta, dout, dout_stride, lse};
+    parallel_items(stream, a.B * a.Hkv, [&](int64_t item, int64_t thread) {
+      const BackwardScratch<E> w(scratch.begin() + thread * bytes, a.D, a.H / a.Hkv, strips);
+      backward_head<T, E>(g, a, Sequence(a, item / a.Hkv), item % a.Hkv, w);
+    });
+    return kOk;
+  });
+}
+
+LX_NAMESPACE_END

@@ -1,0 +1,233 @@
+// Small matrix products out of packed blocks: what attention is made of.
+//
+// A product C = A B runs over the "units" of its inner dimension: one number of the accumulation
+// type, or, where the CPU multiplies pairs of bf16 (vdpbf16ps), two neighbouring bf16 in the bits of
+// one float. A is (rows, K units), B is (K units, columns), C (rows, columns) of the accumulation
+// type; rows come in groups of kTileRows, columns in vectors, and what is beyond the data is zero.
+//
+// Rows X (n, D) of a tensor become operands in three ways:
+//   lines(X)     (n, D / kUnit units): units along the width, as they lie in memory
+//   pairs(X)     (n / kUnit units, D): units along the rows, kUnit rows interleaved
+//   transpose()  of either: a B operand as an A operand and the other way round
+#pragma once
+#include <cstdlib>
+
+#include "parallel.h"
+
+LX_NAMESPACE_BEGIN
+
+// The type a storage type is multiplied in: bf16 itself, or its accumulation type.
+#if defined(__AVX512BF16__)
+template <class T> using Factor = std::conditional_t<std::is_same_v<T, bf16>, bf16, Acc<T>>;
+#else
+template <class T> using Factor = Acc<T>;
+#endif
+template <class E> constexpr int kUnit = std::is_same_v<E, bf16> ? 2 : 1;
+
+constexpr int kTileRows = 4;
+#if defined(__AVX512F__)
+constexpr int kTileVecs = 4;  // 16 of 32 registers hold sums
+#else
+constexpr int kTileVecs = 2;  // 8 of 16
+#endif
+
+// What sizes of operands are rounded up to: whole vectors, whole groups of rows.
+template <class A> constexpr int kPad = kLanes<A> > kTileRows ? kLanes<A> : kTileRows;
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// ---- products ---------------------------------------------------------------------------------
+
+template <class E> inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Acc<E> a, Vec<Acc<E>> b) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, bf16>)
+    return (Vec32)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+  else
+#endif
+    return c + a * b;
+}
+
+// The sums of kTileRows rows by kVecs vectors of columns over K units.
+template <class E, int kVecs> struct Tile {
+  using A = Acc<E>;
+  Vec<A> sum[kTileRows][kVecs] = {};
+
+  void multiply(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t K) {
+    for (int64_t k = 0; k < K; k++) {
+      Vec<A> columns[kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; v++) columns[v] = load(b + k * ldb + v * kLanes<A>);
+#pragma GCC unroll 4
+      for (int r = 0; r < kTileRows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; v++)
+          sum[r][v] = multiply_add<E>(sum[r][v], a[r * lda + k], columns[v]);
+    }
+  }
+};
+
+// Calls f(begin, n) for groups of up to kTileVecs of the vectors [begin, end), n a constant.
+template <class F> inline void for_each_vec_group(int begin, int end, const F& f) {
+  for (; begin + kTileVecs <= end; begin += kTileVecs)
+    f(begin, std::integral_constant<int, kTileVecs>{});
+  switch (end - begin) {
+    case 1: return f(begin, std::integral_constant<int, 1>{});
+    case 2: return f(begin, std::integral_constant<int, 2>{});
+    case 3: return f(begin, std::integral_constant<int, 3>{});
+  }
+}
+
+// C = scale * A B for kTileRows rows and the vectors [begin, end) of columns.
+template <class E>
+void product(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>* b, int64_t ldb,
+             int begin, int end, int64_t K, Acc<E> scale) {
+  for_each_vec_group(begin, end, [&](int at, auto vecs) {
+    Tile<E, vecs> tile;
+    tile.multiply(a, lda, b + at * kLanes<Acc<E>>, ldb, K);
+    for (int r = 0; r < kTileRows; r++)
+      for (int v = 0; v < vecs; v++)
+        store(c + r * ldc + (at + v) * kLanes<Acc<E>>, tile.sum[r][v] * scale);
+  });
+}
+
+// C = C * decay + A B, likewise; decay is one number a column, 1 when null. A B is summed by itself
+// first: short chains of sums round less than one long one.
+template <class E>
+void accumulate(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>* b, int64_t ldb,
+                int begin, int end, int64_t K, const Acc<E>* decay = nullptr) {
+  for_each_vec_group(begin, end, [&](int at, auto vecs) {
+    Tile<E, vecs> tile;
+    tile.multiply(a, lda, b + at * kLanes<Acc<E>>, ldb, K);
+    for (int v = 0; v < vecs; v++) {
+      const int64_t column = (at + v) * kLanes<Acc<E>>;
+      const Vec<Acc<E>> factor = decay ? load(decay + column) : splat(Acc<E>(1));
+      for (int r = 0; r < kTileRows; r++) {
+        Acc<E>* to = c + r * ldc + column;
+        store(to, load(to) * factor + tile.sum[r][v]);
+      }
+    }
+  });
+}
+
+// ---- operands ---------------------------------------------------------------------------------
+
+// out (padded rows, ld units) = lines of x, whose n rows of D lie `stride` apart.
+template <class E, class T>
+void lines(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, int64_t n, int64_t D) {
+  for (int64_t i = 0; i < padded; i++) {
+    Acc<E>* line = out + i * ld;
+    if (i >= n) {
+      memset(line, 0, ld * sizeof(Acc<E>));
+    } else if constexpr (std::is_same_v<E, T>) {
+      memcpy(line, x + i * stride, D * sizeof(T));
+      memset(reinterpret_cast<T*>(line) + D, 0, ld * sizeof(Acc<E>) - D * sizeof(T));
+    } else {
+      for_each_vec<Acc<E>>(D, [&](int64_t j, auto w) { store(line + j, load(x + i * stride + j, w), w); });
+      for (int64_t j = D; j < ld; j++) line[j] = 0;
+    }
+  }
+}
+
+// The bits of two rows of numbers as units: a first, b second. With one number a unit: a.
+template <class E> inline Vec<Acc<E>> unit(Vec<Acc<E>> a, [[maybe_unused]] Vec<Acc<E>> b) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, bf16>) {
+    alignas(64) static constexpr uint16_t order[32] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    return (Vec32)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+  } else
+#endif
+    return a;
+}
+
+// Two vectors of a row of numbers, a then b, as units. With one number a unit: a.
+template <class E> inline Vec<Acc<E>> line(Vec<Acc<E>> a, [[maybe_unused]] Vec<Acc<E>> b) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, bf16>)
+    return (Vec32)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  else
+#endif
+    return a;
+}
+
+// out (padded / kUnit, ld) = pairs of x, whose n rows of D lie `stride` apart.
+template <class E, class T>
+void pairs(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, int64_t n, int64_t D) {
+  using A = Acc<E>;
+  for (int64_t i = 0; i < padded; i += kUnit<E>) {
+    A* line = out + i / kUnit<E> * ld;
+    for_each_vec<A>(D, [&](int64_t j, auto w) {
+      const Vec<A> a = i < n ? load(x + i * stride + j, w) : Vec<A>{};
+      const Vec<A> b = i + 1 < n ? load(x + (i + 1) * stride + j, w) : Vec<A>{};
+      store(line + j, unit<E>(a, b), w);
+    });
+    for (int64_t j = D; j < ld; j++) line[j] = 0;
+  }
+}
+
+// Transposes kLanes vectors in place: log2(kLanes) rounds exchange blocks off the diagonal.
+template <class A> inline void transpose(Vec<A>* rows) {
+  using Index = std::conditional_t<sizeof(A) == 4, Int32, Int64>;
+#pragma GCC unroll 4
+  for (int half = 1; half < kLanes<A>; half *= 2) {
+    Index low, high;
+    for (int i = 0; i < kLanes<A>; i++) {
+      low[i] = i & half ? kLanes<A> + i - half : i;
+      high[i] = i & half ? kLanes<A> + i : i + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; i++)
+      if (!(i & half)) {
+        const Vec<A> a = rows[i], b = rows[i + half];
+        rows[i] = __builtin_shuffle(a, b, low);
+        rows[i + half] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
+// out (columns, rows) = x (rows, columns), both rounded up to whole vectors.
+template <class A>
+void transpose(A* out, int64_t ld_out, const A* x, int64_t ld, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i += kLanes<A>)
+    for (int64_t j = 0; j < columns; j += kLanes<A>) {
+      Vec<A> block[kLanes<A>];
+      for (int r = 0; r < kLanes<A>; r++) block[r] = load(x + (i + r) * ld + j);
+      transpose<A>(block);
+      for (int r = 0; r < kLanes<A>; r++) store(out + (j + r) * ld_out + i, block[r]);
+    }
+}
+
+// ---- scratch ----------------------------------------------------------------------------------
+
+// Memory for the length of a kernel, cut into aligned arrays.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : begin_(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64)))) {}
+  ~Scratch() { std::free(begin_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* begin() const { return begin_; }  // null: no memory to be had
+
+ private:
+  char* begin_;
+};
+
+// Cuts arrays off a piece of memory; with null, counts what they would take.
+class Cutter {
+ public:
+  explicit Cutter(char* begin) : begin_(begin) {}
+  template <class A> A* array(int64_t count) {
+    const int64_t at = used_;
+    used_ += round_up(count * sizeof(A), 64);
+    return begin_ ? reinterpret_cast<A*>(begin_ + at) : nullptr;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* begin_;
+  int64_t used_ = 0;
+};
+
+LX_NAMESPACE_END
