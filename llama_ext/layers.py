@@ -114,6 +114,8 @@ class RotaryEmbedding(nn.Module):
                 f"RotaryEmbedding: positions: expected 0 to {length - 1} (max_seq_len - 1), "
                 "got some outside")
             cos, sin = self.cos[positions], self.sin[positions]          # (B, T, D/2)
+        acc = torch.promote_types(q.dtype, torch.float32)
+        cos, sin = cos.to(acc), sin.to(acc)
         return rope(q, cos, sin, self.interleaved), rope(k, cos, sin, self.interleaved)
 
     def extra_repr(self):

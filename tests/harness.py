@@ -50,7 +50,7 @@ def run(fn, args, kwargs, cotangents, to=lambda t: t):
     return outputs, [a.grad if torch.is_tensor(a) else None for a in args]
 
 
-def check_op(fn, ref, *args, dtype, cotangent_layout=lambda x: x, **kwargs):
+def check_op(fn, ref, *args, dtype, cotangent_layout=lambda x: x, fp32_roundings=3, **kwargs):
     """Compares outputs and gradients of fn with those of its definition by compare.py's rule.
 
     args are at the tested dtype already; cotangents are random with a non-zero mean.
@@ -66,9 +66,10 @@ def check_op(fn, ref, *args, dtype, cotangent_layout=lambda x: x, **kwargs):
     true, true_grads = run(ref, args, kwargs, cotangents, to=double)
     for i in range(len(true)):
         assert got[i].dtype == base[i].dtype
-        compare.check(got[i], true[i], base[i], dtype, what=f"output {i}")
+        compare.check(got[i], true[i], base[i], dtype, f"output {i}", fp32_roundings)
     for i in range(len(args)):
         if true_grads[i] is None:
             continue
         assert got_grads[i].dtype == args[i].dtype
-        compare.check(got_grads[i], true_grads[i], base_grads[i], dtype, what=f"gradient {i}")
+        compare.check(got_grads[i], true_grads[i], base_grads[i], dtype, f"gradient {i}",
+                      fp32_roundings)

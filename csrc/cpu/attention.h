@@ -8,7 +8,6 @@ LX_NAMESPACE_BEGIN
 
 constexpr int64_t kStrip = 64;  // queries worked on at once: the columns of a tile of scores
 constexpr int64_t kBlock = 64;  // keys at once: its rows
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -19,7 +19,7 @@ template <class E> struct BackwardScratch {
   A *dk, *dv;                             // per block (kBlock, width)
   A *queries, *douts;                     // (D units, kStrip) transposed lines
   A *query_pairs, *dout_pairs;            // (kStrip units, width)
-  A *lse, *delta;                         // (kStrip), lse in units of log 2
+  A *lse, *delta;                         // (kStrip)
   A *scores, *dweights;                   // (kBlock, kStrip)
   A *weight_lines, *ds_lines, *ds_pairs;  // (kBlock, kStrip units), (kBlock units, kStrip)
   A *rows;                                // (kStrip, D)
@@ -54,7 +54,7 @@ template <class E> struct BackwardScratch {
   }
 };
 
-// weights = 2^(scores - lse) and ds = weights * (dweights - delta), as operands.
+// weights = exp(scores - lse) and ds = weights * (dweights - delta), as operands.
 template <class E> void weights_and_ds(const BackwardScratch<E>& w) {
   using A = Acc<E>;
   constexpr int kU = kUnit<E>;
@@ -65,7 +65,7 @@ template <class E> void weights_and_ds(const BackwardScratch<E>& w) {
       for (int i = 0; i < kU; i++)
         for (int v = 0; v < kU; v++) {
           const int64_t column = r + v * kLane, at = (n + i) * kStrip + column;
-          p[i][v] = exp2(load(w.scores + at) - load(w.lse + column));
+          p[i][v] = exp_negative(load(w.scores + at) - load(w.lse + column));
           ds[i][v] = p[i][v] * (load(w.dweights + at) - load(w.delta + column));
         }
       for (int i = 0; i < kU; i++) {
@@ -172,14 +172,14 @@ void backward_head(const BackwardTensors& g, const Attention& a, const Sequence&
         for (int64_t r = 0; r < kStrip; r++) {
           const A row_lse = r < rows ? lse[head * s.lse_stride + i0 + r] : 0;
           const bool sees = row_lse != -std::numeric_limits<A>::infinity();
-          w.lse[r] = sees ? row_lse * A(kLog2e) : 0;  // of a query that sees nothing: scores -inf
+          w.lse[r] = sees ? row_lse : 0;  // of a query that sees nothing: scores -inf
           w.delta[r] = r < rows ? delta[head * s.lse_stride + i0 + r] : 0;
         }
         for (int block = 0; block < blocks; block++) {
           const int64_t j0 = span + block * kBlock;
           if (s.first_key(i0) < j0 + kBlock && s.end_key(i0 + rows - 1) > j0)
             backward_tile<E>(w, block, w.dq + (h * strips + i0 / kStrip) * w.width * kStrip, s, j0,
-                             i0, rows, D, static_cast<A>(a.scale * kLog2e));
+                             i0, rows, D, static_cast<A>(a.scale));
         }
       }
     }

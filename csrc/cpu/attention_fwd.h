@@ -41,8 +41,8 @@ template <class E> struct ForwardScratch {
   }
 };
 
-// weights = 2^(scores - top) and their sum, for one vector of queries, after top has risen to the
-// block's largest score; decay = 2^(old top - new top), by which earlier sums shrink.
+// weights = exp(scores - top) and their sum, for one vector of queries, after top has risen to the
+// block's largest score; decay = exp(old top - new top), by which earlier sums shrink.
 template <class E>
 void softmax_step(Acc<E>* weights, Acc<E>* decay, Acc<E>* top, Acc<E>* sum, const Acc<E>* scores) {
   using A = Acc<E>;
@@ -56,8 +56,8 @@ void softmax_step(Acc<E>* weights, Acc<E>* decay, Acc<E>* top, Acc<E>* sum, cons
   const Vec<A> shift = after == none ? Vec<A>{} : after;
   Vec<A> sums[2] = {};
   for (int64_t n = 0; n < kBlock; n += 2) {
-    const Vec<A> a = exp2(load(scores + n * kStrip) - shift);
-    const Vec<A> b = exp2(load(scores + (n + 1) * kStrip) - shift);
+    const Vec<A> a = exp_negative(load(scores + n * kStrip) - shift);
+    const Vec<A> b = exp_negative(load(scores + (n + 1) * kStrip) - shift);
     sums[0] += a;
     sums[1] += b;
     if constexpr (kUnit<E> == 2) {
@@ -67,7 +67,7 @@ void softmax_step(Acc<E>* weights, Acc<E>* decay, Acc<E>* top, Acc<E>* sum, cons
       store(weights + (n + 1) * kStrip, b);
     }
   }
-  const Vec<A> factor = exp2(before - shift);
+  const Vec<A> factor = exp_negative(before - shift);
   store(top, after);
   store(decay, factor);
   store(sum, load(sum) * factor + (sums[0] + sums[1]));
@@ -121,7 +121,7 @@ void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
     for (int strip = 0; strip < strips; strip++) {
       const int64_t i0 = begin + strip * kStrip, rows = least(kStrip, end - i0);
       if (s.first_key(i0) < j0 + kBlock && s.end_key(i0 + rows - 1) > j0)
-        forward_block<E>(w, strip, s, i0, rows, j0, D, static_cast<A>(a.scale * kLog2e));
+        forward_block<E>(w, strip, s, i0, rows, j0, D, static_cast<A>(a.scale));
     }
   }
   for (int strip = 0; strip < strips; strip++) {
@@ -136,7 +136,7 @@ void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
       });
       lse[s.lse_at + h * s.lse_stride + i0 + r] =
           sum[r] == 0 ? -std::numeric_limits<A>::infinity()
-                      : static_cast<A>((top[r] + std::log2(double(sum[r]))) * kLn2);
+                      : static_cast<A>(top[r] + std::log(double(sum[r])));
     }
   }
 }
@@ -161,14 +161,14 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
       for_each_vec<A>(D, [&](int64_t d, auto w) {
         dot += load(q + d, w) * load(k + (j0 + j) * a.k_stride[1] + d, w);
       });
-      weight[j] = sum(dot) * static_cast<A>(a.scale * kLog2e);
+      weight[j] = sum(dot) * static_cast<A>(a.scale);
       top = top > weight[j] ? top : weight[j];
     }
     const A shift = top == -std::numeric_limits<A>::infinity() ? 0 : top;
     for_each_vec<A>(n, [&](int64_t j, auto w) {
-      store(weight + j, exp2(load(weight + j, w) - shift), w);
+      store(weight + j, exp_negative(load(weight + j, w) - shift), w);
     });
-    const A decay = exp2(splat(before - shift))[0];
+    const A decay = exp_negative(splat(before - shift))[0];
     total *= decay;
     for (int64_t j = 0; j < n; j++) total += weight[j];
     for_each_vec<A>(D, [&](int64_t d, auto w) {
@@ -183,7 +183,7 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
   for_each_vec<A>(D, [&](int64_t d, auto w) { store(row + d, load(out + d, w) * inverse, w); });
   lse[s.lse_at + h * s.lse_stride + i] =
       total == 0 ? -std::numeric_limits<A>::infinity()
-                 : static_cast<A>((top + std::log2(double(total))) * kLn2);
+                 : static_cast<A>(top + std::log(double(total)));
 }
 
 Status attention_fwd(void* o, void* lse, const Attention* attention, Stream stream) {

@@ -206,14 +206,16 @@ inline Vec64 exp(Vec64 x) {
   return x > big ? splat(__builtin_inf()) : (x == x ? low : x);
 }
 
-// 2^x for x <= 0 (or a rounding error above), to about 1 ulp; 0 for -inf and below the range of
-// normal numbers, NaN for NaN. x = n + f with |f| <= 1/2; 2^f by its minimax polynomial.
-inline Vec32 exp2(Vec32 x) {
+// e^x for x <= 0 (or a rounding error above): half the work of exp. 0 for -inf and below the range
+// of normal numbers, NaN for NaN; the error is about 1 ulp near 0 and grows with |x|.
+// x log2(e) = n + f with |f| <= 1/2; 2^f by its minimax polynomial.
+inline Vec32 exp_negative(Vec32 x) {
+  const Vec32 t = x * 1.44269504f;
 #if defined(__AVX512F__)
-  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-200), (__m512)x);  // NaN stays: it is second
+  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-200), (__m512)t);  // NaN stays: it is second
   const Vec32 n = (Vec32)_mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT);
 #else
-  const Vec32 clamped = x < -126.f ? splat(-126.f) : x, shift = splat(12582912.f);
+  const Vec32 clamped = t < -126.f ? splat(-126.f) : t, shift = splat(12582912.f);
   const Vec32 n = (clamped + shift) - shift;
 #endif
   const Vec32 f = (Vec32)clamped - n;
@@ -228,11 +230,11 @@ inline Vec32 exp2(Vec32 x) {
   return (Vec32)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
   const Vec32 y = p * (Vec32)((__builtin_convertvector(n, Int32) + 127) << 23);
-  const Vec32 low = x < -126.f ? Vec32{} : y;
+  const Vec32 low = t < -126.f ? Vec32{} : y;
   return x == x ? low : x;
 #endif
 }
 
-inline Vec64 exp2(Vec64 x) { return exp(x * 0.6931471805599453); }
+inline Vec64 exp_negative(Vec64 x) { return exp(x); }
 
 LX_NAMESPACE_END
