@@ -55,12 +55,17 @@ inline Vec64 splat(double a) { return Vec64{} + a; }
 
 inline Vec32 widen(Bits16 h, bf16) { return (Vec32)(__builtin_convertvector(h, Bits32) << 16); }
 
-inline Bits16 narrow(Vec32 v, bf16) {  // round to nearest even; NaN stays NaN
+// Rounds to nearest even; NaN stays NaN. The CPU's own instruction takes subnormal numbers for 0.
+#if defined(__AVX512BF16__)
+inline Bits16 narrow(Vec32 v, bf16) { return (Bits16)_mm512_cvtneps_pbh((__m512)v); }
+#else
+inline Bits16 narrow(Vec32 v, bf16) {
   const Bits32 u = (Bits32)v;
   const Bits32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const Bits32 quiet = (u >> 16) | 0x40;
   return __builtin_convertvector(v == v ? rounded : quiet, Bits16);
 }
+#endif
 
 #if defined(__AVX512F__)
 inline Vec32 widen(Bits16 h, f16) { return (Vec32)_mm512_cvtph_ps((__m256i)h); }
@@ -167,13 +172,20 @@ template <class V> inline Lane<V> max_nan(V v) {
   return m;
 }
 
-// e^x to about 1 ulp in the range of normal numbers; 0 below it, inf above, NaN for NaN.
-// x = n ln2 + r with |r| <= ln2 / 2, e^r by its Taylor polynomial, 2^n by the exponent bits in two
-// halves so that n = 128 (fp32) does not overflow early.
+// e^x to about 1 ulp in the range of normal numbers; inf above it, NaN for NaN, below it 0 or a
+// subnormal number. x = n ln2 + r with |r| <= ln2 / 2, e^r by its Taylor polynomial; 2^n by the
+// exponent bits, in two halves so that n = 128 does not overflow early.
 inline Vec32 exp(Vec32 x) {
+#if defined(__AVX512F__)
+  const __m512 high = _mm512_set1_ps(128), low = _mm512_set1_ps(-128);
+  const Vec32 clamped = (Vec32)_mm512_max_ps(low, _mm512_min_ps(high, (__m512)x));  // keeps NaN
+  const Vec32 n = (Vec32)_mm512_roundscale_ps((__m512)(clamped * 1.44269504f),
+                                              _MM_FROUND_TO_NEAREST_INT);
+#else
   const Vec32 big = splat(88.72284f), small = splat(-87.33654f), shift = splat(12582912.f);
   const Vec32 clamped = x > big ? big : (x < small ? small : x);
   const Vec32 n = (clamped * 1.44269504f + shift) - shift;
+#endif
   const Vec32 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec32 p = splat(1.f / 5040);
   p = p * r + 1.f / 720;
@@ -183,10 +195,14 @@ inline Vec32 exp(Vec32 x) {
   p = p * r + 0.5f;
   p = p * r + 1.f;
   p = p * r + 1.f;
+#if defined(__AVX512F__)
+  return (Vec32)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   const Int32 k = __builtin_convertvector(n, Int32), half = k >> 1;
   const Vec32 y = p * (Vec32)((half + 127) << 23) * (Vec32)((k - half + 127) << 23);
   const Vec32 low = x < small ? Vec32{} : y;
   return x > big ? splat(__builtin_inff()) : (x == x ? low : x);
+#endif
 }
 
 inline Vec64 exp(Vec64 x) {
