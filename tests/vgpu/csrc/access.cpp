@@ -44,19 +44,32 @@ int lane_at(const Warp& w, const uint64_t* at, uint64_t bytes, uint64_t address)
                          (same_block ? "barrier" : "order") + " between the two");
 }
 
-void check_alignment(const Warp& w, const Instr& in, const uint64_t* at, int bytes) {
-  uint64_t low = 0;
+struct Range {
+  uint64_t low, high;  // first and last byte
+};
+
+// Of the executing lanes' memory, which must be aligned.
+Range range_of(const Warp& w, const Instr& in, const uint64_t* at, int bytes) {
+  Range r{~0ull, 0};
+  uint64_t bits = 0;
+  auto widen = [&](int i) {
+    r.low = std::min(r.low, at[i]);
+    r.high = std::max(r.high, at[i]);
+    bits |= at[i];
+  };
   if (w.exec == kAllLanes)
-    for (int i = 0; i < kLanes; i++) low |= at[i];
+    for (int i = 0; i < kLanes; i++) widen(i);
   else
-    each_executing(w, [&](int i) { low |= at[i]; });
-  if ((low & uint64_t(bytes - 1)) == 0) return;
+    each_executing(w, widen);
+  r.high += uint64_t(bytes) - 1;
+  if ((bits & uint64_t(bytes - 1)) == 0) return r;
   each_executing(w, [&](int i) {
-    if (at[i] & uint64_t(bytes - 1))
+    const uint64_t beyond = at[i] & uint64_t(bytes - 1);
+    if (beyond)
       fault(w, in, i, "a misaligned access: " + bytes_text(bytes) + " at an address that is " +
-                          bytes_text(at[i] & uint64_t(bytes - 1)) + " past a multiple of " +
-                          text(bytes));
+                          bytes_text(beyond) + " past a multiple of " + text(bytes));
   });
+  return r;
 }
 
 bool contiguous(uint32_t exec, const uint64_t* at, uint64_t bytes) {
@@ -83,14 +96,14 @@ uint64_t count_sectors(uint32_t exec, const uint64_t* at) {
   return uint64_t(std::unique(sectors, sectors + n) - sectors);
 }
 
-void count_global(Block& b, const Instr& in, uint32_t exec, const uint64_t* at, int bytes,
+void count_global(Block& b, uint32_t exec, const uint64_t* at, int bytes,
                   Access kind, bool dense) {
   Counters& c = b.counters;
   const uint64_t lanes = uint64_t(std::popcount(exec)), total = lanes * uint64_t(bytes);
   const uint64_t sectors = dense ? ((at[0] + total - 1) >> 5) - (at[0] >> 5) + 1
                                  : count_sectors(exec, at);
   const uint64_t ideal = std::min(sectors, (total + 31) / 32);
-  if (kind == Access::kAtomicUpdate || in.strong) c.atomics += kind == Access::kAtomicUpdate ? lanes : 0;
+  if (kind == Access::kAtomicUpdate) c.atomics += lanes;
   const bool store = writes(kind);
   (store ? c.store_requests : c.load_requests)++;
   (store ? c.store_sectors : c.load_sectors) += sectors;
@@ -100,17 +113,11 @@ void count_global(Block& b, const Instr& in, uint32_t exec, const uint64_t* at, 
 
 bool global_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Access kind) {
   Block& b = *w.block;
-  check_alignment(w, in, at, bytes);
-  uint64_t low = ~0ull, high = 0;
-  if (w.exec == kAllLanes)
-    for (int i = 0; i < kLanes; i++) low = std::min(low, at[i]), high = std::max(high, at[i]);
-  else
-    each_executing(w, [&](int i) { low = std::min(low, at[i]), high = std::max(high, at[i]); });
+  const Range r = range_of(w, in, at, bytes);
+  const uint64_t span = r.high - r.low + 1;
   Allocation*& cached = b.last_allocation;
-  if (!cached || !cached->contains(low, high - low + uint64_t(bytes)))
-    cached = b.launch->memory->find(low);
-  Allocation* all = cached && cached->contains(low, high - low + uint64_t(bytes)) ? cached
-                                                                                 : nullptr;
+  if (!cached || !cached->contains(r.low, span)) cached = b.launch->memory->find(r.low);
+  Allocation* all = cached && cached->contains(r.low, span) ? cached : nullptr;
   if (!all) {
     each_executing(w, [&](int i) {
       const Allocation* a = b.launch->memory->find(at[i]);
@@ -135,8 +142,9 @@ bool global_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Acce
   };
   if (!all) each_executing(w, [&](int i) { run(at[i], uint64_t(bytes)); });
   else if (dense) run(at[0], uint64_t(kLanes) * uint64_t(bytes));
-  else each_run(w.exec, at, uint64_t(bytes), run);
-  count_global(b, in, w.exec, at, bytes, kind, dense);
+  else if (!check_lanes(*all, w.exec, at, bytes, kind, stamp))
+    each_run(w.exec, at, uint64_t(bytes), run);
+  count_global(b, w.exec, at, bytes, kind, dense);
   return dense;
 }
 
@@ -174,9 +182,9 @@ void count_shared(Block& b, uint32_t exec, const uint64_t* at, int bytes, bool d
 
 bool shared_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Access kind) {
   Block& b = *w.block;
-  check_alignment(w, in, at, bytes);
   const uint64_t size = b.launch->shared_bytes;
-  each_executing(w, [&](int i) {
+  const Range r = range_of(w, in, at, bytes);
+  if (r.high >= size || r.low >= size) each_executing(w, [&](int i) {
     if (at[i] + uint64_t(bytes) > size || at[i] >= size)
       fault(w, in, i, std::string(verb(kind)) + " " + bytes_text(bytes) + " at byte " +
                           text(at[i]) + " of shared memory, but the block has " +
@@ -190,14 +198,15 @@ bool shared_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Acce
     if (c.kind != Conflict::kNone) report(w, in, at, bytes, kind, true, c);
   };
   if (dense) run(at[0], uint64_t(kLanes) * uint64_t(bytes));
-  else each_run(w.exec, at, uint64_t(bytes), run);
+  else if (!check_lanes(b.shared_shadow, w.exec, at, bytes, kind, stamp))
+    each_run(w.exec, at, uint64_t(bytes), run);
   count_shared(b, w.exec, at, bytes, dense);
   if (kind == Access::kAtomicUpdate) b.counters.atomics += uint64_t(std::popcount(w.exec));
   return dense;
 }
 
 void local_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Access kind) {
-  check_alignment(w, in, at, bytes);
+  range_of(w, in, at, bytes);
   const uint64_t size = w.block->kernel->local_bytes;
   each_executing(w, [&](int i) {
     if (at[i] + uint64_t(bytes) > size || at[i] >= size)

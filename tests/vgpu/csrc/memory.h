@@ -64,6 +64,11 @@ struct Order {
 Conflict check(Shadow& shadow, uint64_t address, uint64_t size, Access access, uint64_t stamp,
                const Order& order);
 
+// The same for `bytes` at the address of each lane. False: something is not in order, nothing was
+// marked, and check() tells what it is, or that an ordering excuses it.
+bool check_lanes(Shadow& shadow, uint32_t lanes, const uint64_t* at, int bytes, Access access,
+                 uint64_t stamp);
+
 struct Allocation : Shadow {
   std::vector<uint64_t> members;  // the pointers under which it was added
   size_t stamp_bytes = 0;         // mapped for `written` and for `read`, each

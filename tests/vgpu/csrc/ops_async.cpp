@@ -61,11 +61,9 @@ void arrive(Warp& w, const Transfer& t, uint32_t lanes) {
   Block& b = *w.block;
   alignas(64) uint64_t at[kLanes];
   for (int i = 0; i < kLanes; i++) at[i] = t.to[i];
-  const uint64_t stamp = b.shared_stamp(w);
-  each_run(lanes, at, t.bytes, [&](uint64_t start, uint64_t size) {
-    std::memset(b.shared_init.data() + start, kInitialised, size);
-    check(b.shared_shadow, start, size, Access::kWrite, stamp, b);
-  });
+  for (uint32_t m = lanes; m; m &= m - 1)
+    std::memset(b.shared_init.data() + at[std::countr_zero(m)], kInitialised, t.bytes);
+  check_lanes(b.shared_shadow, lanes, at, t.bytes, Access::kWrite, b.shared_stamp(w));
   for (uint32_t m = lanes; m; m &= m - 1) {
     const int i = std::countr_zero(m);
     std::memcpy(b.shared.data() + t.to[i], t.data[i], t.bytes);

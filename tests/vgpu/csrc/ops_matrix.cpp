@@ -4,7 +4,6 @@
 // and 2t+1, so that the register, seen as 64 halves, is the tile row by row. Products are exact in
 // f32; sums are rounded to nearest in the order of k.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "access.h"
@@ -16,16 +15,23 @@ namespace {
 template <class T> struct Tiles {
   T a[16][16];  // rows of A
   T b[16][8];   // rows of B: k by n
-  T c[16][8];
+  T c[128];     // 16 rows of 8
 };
 
-template <class T, int kRows, int kDepth> void multiply(Tiles<T>& t) {
-  for (int i = 0; i < kRows; i++) {
-    alignas(64) T row[8];
-    for (int n = 0; n < 8; n++) row[n] = t.c[i][n];
-    for (int k = 0; k < kDepth; k++)
-      for (int n = 0; n < 8; n++) row[n] = std::fma(t.a[i][k], t.b[k][n], row[n]);
-    for (int n = 0; n < 8; n++) t.c[i][n] = row[n];
+// fp-contract: the multiplications and additions of rows fuse.
+template <class T, int kRows, int kDepth>
+__attribute__((optimize("fp-contract=fast"))) void multiply(Tiles<T>& t) {
+  typedef T Row __attribute__((vector_size(8 * sizeof(T))));
+  constexpr int kAtOnce = 4;  // chains of additions that overlap
+  for (int first = 0; first < kRows; first += kAtOnce) {
+    Row row[kAtOnce];
+    std::memcpy(row, t.c + 8 * first, sizeof row);
+    for (int k = 0; k < kDepth; k++) {
+      Row b;
+      std::memcpy(&b, t.b[k], sizeof b);
+      for (int i = 0; i < kAtOnce; i++) row[i] += t.a[first + i][k] * b;
+    }
+    std::memcpy(t.c + 8 * first, row, sizeof row);
   }
 }
 
@@ -50,13 +56,14 @@ template <bool kF32> void load_c(const Warp& w, const Instr& in, int first, Tile
     if constexpr (kF32) {
       const float* even = source<float>(w, in, first + 2 * half);
       const float* odd = source<float>(w, in, first + 2 * half + 1);
+      float* c = t.c + 64 * half;  // lane i holds elements 2i and 2i + 1 of eight rows
       for (int i = 0; i < kLanes; i++) {
-        t.c[8 * half + i / 4][2 * (i % 4)] = even[i];
-        t.c[8 * half + i / 4][2 * (i % 4) + 1] = odd[i];
+        c[2 * i] = even[i];
+        c[2 * i + 1] = odd[i];
       }
     } else {
       const uint16_t* pair = source<uint16_t>(w, in, first + half);
-      for (int i = 0; i < 2 * kLanes; i++) t.c[8 * half + i / 8][i % 8] = f16_to_float(pair[i]);
+      for (int i = 0; i < 2 * kLanes; i++) t.c[64 * half + i] = f16_to_float(pair[i]);
     }
   }
 }
@@ -66,13 +73,15 @@ template <bool kF32> void store_d(Warp& w, const Instr& in, const Tiles<float>& 
   for (int half = 0; half < 2; half++) {
     if constexpr (kF32) {
       float *even = w.reg<float>(d[2 * half]), *odd = w.reg<float>(d[2 * half + 1]);
+      const float* c = t.c + 64 * half;
+#pragma GCC ivdep
       for (int i = 0; i < kLanes; i++) {
-        even[i] = canonical(t.c[8 * half + i / 4][2 * (i % 4)]);
-        odd[i] = canonical(t.c[8 * half + i / 4][2 * (i % 4) + 1]);
+        even[i] = canonical(c[2 * i]);
+        odd[i] = canonical(c[2 * i + 1]);
       }
     } else {
       uint16_t* pair = w.reg<uint16_t>(d[half]);
-      for (int i = 0; i < 2 * kLanes; i++) pair[i] = float_to_f16(t.c[8 * half + i / 8][i % 8]);
+      for (int i = 0; i < 2 * kLanes; i++) pair[i] = float_to_f16(t.c[64 * half + i]);
     }
   }
 }
@@ -109,11 +118,13 @@ template <int kDepth> void mma_tf32(Warp& w, const Instr& in) {
   for (int k = 0; k < kSteps; k++) {
     for (int half = 0; half < 2; half++) {
       const uint32_t* a = source<uint32_t>(w, in, 4 + 2 * k + half);
-      for (int i = 0; i < kLanes; i++)
-        t.a[8 * half + i / 4][4 * k + i % 4] = as_float(a[i] & ~0x1fffu);
+      for (int r = 0; r < 8; r++)
+        for (int j = 0; j < 4; j++)
+          t.a[8 * half + r][4 * k + j] = as_float(a[4 * r + j] & ~0x1fffu);
     }
     const uint32_t* b = source<uint32_t>(w, in, 4 + 2 * kSteps + k);
-    for (int i = 0; i < kLanes; i++) t.b[4 * k + i % 4][i / 4] = as_float(b[i] & ~0x1fffu);
+    for (int n = 0; n < 8; n++)
+      for (int j = 0; j < 4; j++) t.b[4 * k + j][n] = as_float(b[4 * n + j] & ~0x1fffu);
   }
   load_c<true>(w, in, 4 + 3 * kSteps, t);
   multiply<float, 16, kDepth>(t);
@@ -128,12 +139,12 @@ void mma_f64(Warp& w, const Instr& in) {  // m8n8k4
   for (int i = 0; i < kLanes; i++) {
     t.a[i / 4][i % 4] = a[i];
     t.b[i % 4][i / 4] = b[i];
-    for (int j = 0; j < 2; j++) t.c[i / 4][2 * (i % 4) + j] = source<double>(w, in, 4 + j)[i];
+    for (int j = 0; j < 2; j++) t.c[2 * i + j] = source<double>(w, in, 4 + j)[i];
   }
   multiply<double, 8, 4>(t);
   for (int j = 0; j < 2; j++) {
     double* d = w.reg<double>(w.block->kernel->lists[in.list + j]);
-    for (int i = 0; i < kLanes; i++) d[i] = t.c[i / 4][2 * (i % 4) + j];
+    for (int i = 0; i < kLanes; i++) d[i] = t.c[2 * i + j];
   }
 }
 
