@@ -99,7 +99,7 @@ long double round_to(long double x, Type t, Rounding r) {
   }
 }
 
-double saturated(double x) { return x >= 0 ? (x < 1 ? x : 1.0) : 0.0; }
+double saturated(double x) { return x > 0 ? (x < 1 ? x : 1.0) : 0.0; }
 
 // The values are those of the type already, so that no cast below rounds.
 void store_floats(Warp& w, uint32_t d, const Form& f, const double* x) {
@@ -213,8 +213,7 @@ void bf16_to_f32(Warp& w, const Instr& in) {
 }
 
 uint16_t narrow(float x, bool f16, Rounding r, bool relu) {
-  if (relu && x < 0) x = 0;
-  if (relu && x == 0) x = 0;
+  if (relu && x <= 0) x = 0;  // -0 too
   if (r == kNearest) return f16 ? float_to_f16(x) : float_to_bf16(x);
   const float y = float(round_to(x, f16 ? Type::kF16 : Type::kBF16, r));
   return f16 ? float_to_f16(y) : float_to_bf16(y);

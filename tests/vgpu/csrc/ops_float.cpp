@@ -10,7 +10,7 @@ namespace {
 
 template <class T> T finish(T x, bool sat) {
   if (!sat) return x;
-  return x >= 0 ? (x < 1 ? x : T(1)) : T(0);  // NaN gives +0
+  return x > 0 ? (x < 1 ? x : T(1)) : T(0);  // NaN and -0 give +0
 }
 
 // Canonical NaN, .ftz and .sat around an operation on values.

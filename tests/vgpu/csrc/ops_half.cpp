@@ -70,7 +70,7 @@ constexpr auto kMax = [](float a, float b) {
 };
 constexpr auto kMinNan = [](float a, float b) { return a != a || b != b ? a + b : kMin(a, b); };
 constexpr auto kMaxNan = [](float a, float b) { return a != a || b != b ? a + b : kMax(a, b); };
-constexpr auto kSaturate = [](float x) { return x >= 0 ? (x < 1 ? x : 1.0f) : 0.0f; };
+constexpr auto kSaturate = [](float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; };
 constexpr auto kAddSat = [](float a, float b) { return kSaturate(a + b); };
 constexpr auto kSubSat = [](float a, float b) { return kSaturate(a - b); };
 constexpr auto kMulSat = [](float a, float b) { return kSaturate(a * b); };
