@@ -232,7 +232,8 @@ bool decode_ldmatrix(Decode& d) {
   if (d.type() != Type::kB16) d.fail("expected .b16");
   d.expect_operands(2);
   d.address(1);
-  const ptx::Operand& target = d.s.operands[0];
+  ptx::Operand target = d.s.operands[0];
+  if (target.kind != ptx::Operand::kVector) target.items = {d.s.operands[0]};
   if (count == 0 || target.items.size() != count) d.fail("a vector of the wrong size");
   std::vector<uint32_t> registers;
   for (const ptx::Operand& o : target.items) registers.push_back(d.dst(o, Type::kB32));

@@ -275,6 +275,7 @@ class Parser {
         o.items.push_back(operand());
         accept(",");
       }
+      if (o.items.size() == 1) return Operand(o.items[0]);  // {x} is x
     } else if (accept("[")) {
       o.kind = Operand::kAddress;
       if (peek().kind == Token::kWord) o.name = take().text;
