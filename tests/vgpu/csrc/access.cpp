@@ -1,6 +1,7 @@
 #include "access.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace vgpu {
 namespace {
@@ -180,6 +181,21 @@ void count_shared(Block& b, uint32_t exec, const uint64_t* at, int bytes, bool d
   }
 }
 
+// Whether the lanes that store into [start, start + size) find their values there already. Some
+// compilers let several warps store the same values.
+bool rewrites(const Warp& w, const Instr& in, const uint64_t* at, uint64_t start, uint64_t size) {
+  const uint32_t* registers = w.block->kernel->lists.data() + in.list;
+  const int element = in.bytes / in.count;
+  bool same = true;
+  each_executing(w, [&](int i) {
+    if (at[i] < start || at[i] >= start + size) return;
+    for (int k = 0; k < in.count; k++)
+      same = same && !std::memcmp(w.block->shared.data() + at[i] + k * element,
+                                  w.src<uint8_t>(registers[k]) + i * int(in.d), size_t(element));
+  });
+  return same;
+}
+
 bool shared_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Access kind) {
   Block& b = *w.block;
   const uint64_t size = b.launch->shared_bytes;
@@ -194,7 +210,10 @@ bool shared_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Acce
   const uint64_t stamp = b.shared_stamp(w) | (in.strong ? kAtomic : 0);
   const bool dense = contiguous(w.exec, at, uint64_t(bytes));
   auto run = [&](uint64_t start, uint64_t length) {
-    const Conflict c = check(b.shared_shadow, start, length, kind, stamp, b);
+    Conflict c = check(b.shared_shadow, start, length, kind, stamp, b);
+    if (c.kind == Conflict::kRace && c.other_wrote && kind == Access::kWrite &&
+        rewrites(w, in, at, start, length))
+      c = check(b.shared_shadow, start, length, kind, stamp, b, true);
     if (c.kind != Conflict::kNone) report(w, in, at, bytes, kind, true, c);
   };
   if (dense) run(at[0], uint64_t(kLanes) * uint64_t(bytes));

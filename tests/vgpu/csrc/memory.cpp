@@ -70,10 +70,10 @@ template <int N> inline V<N> merge_writes(V<N> old, uint64_t stamp) {
 }
 
 Conflict race_of(const Shadow& s, uint64_t first, uint64_t count, Access access, uint64_t stamp,
-                 const Order& order) {
+                 const Order& order, bool rewrites) {
   for (uint64_t k = first; k < first + count; k++) {
     Conflict c{Conflict::kRace, (s.base & ~15ull) + (k << s.granule)};
-    if (any<1>(unordered<1>(V<1>{s.written[k]}, stamp)) && !order.ordered(s.written[k])) {
+    if (!rewrites && any<1>(unordered<1>(V<1>{s.written[k]}, stamp)) && !order.ordered(s.written[k])) {
       c.stamp = s.written[k];
       c.other_wrote = true;
       return c;
@@ -226,7 +226,7 @@ bool check_lanes(Shadow& s, uint32_t lanes, const uint64_t* at, int bytes, Acces
 }
 
 Conflict check(Shadow& s, uint64_t address, uint64_t size, Access access, uint64_t stamp,
-               const Order& order) {
+               const Order& order, bool rewrites) {
   if (s.init) {
     const Conflict c = check_init(s, address, size, access);
     if (c.kind != Conflict::kNone) return c;
@@ -242,7 +242,7 @@ Conflict check(Shadow& s, uint64_t address, uint64_t size, Access access, uint64
     bad |= any<N>(race);
   });
   if (bad) {
-    const Conflict c = race_of(s, first, count, access, stamp, order);
+    const Conflict c = race_of(s, first, count, access, stamp, order, rewrites);
     if (c.kind != Conflict::kNone) return c;
   }
   in_pieces(count, [&](uint64_t k, auto n) {

@@ -60,9 +60,10 @@ struct Order {
   virtual bool ordered(uint64_t stamp) const = 0;  // true: that access happened before
 };
 
-// Checks an access of `size` bytes and marks it if there is no conflict.
+// Checks an access of `size` bytes and marks it if there is no conflict. rewrites: it writes what is
+// there already, which does not race with other writes.
 Conflict check(Shadow& shadow, uint64_t address, uint64_t size, Access access, uint64_t stamp,
-               const Order& order);
+               const Order& order, bool rewrites = false);
 
 // The same for `bytes` at the address of each lane. False: something is not in order, nothing was
 // marked, and check() tells what it is, or that an ordering excuses it.

@@ -138,6 +138,7 @@ bool decode_ld_st(Decode& d) {
   }
   in.list = d.list(registers);
   if (!ld) {
+    in.d = uint32_t(register_bytes);  // no register: the width of those that hold the values
     in.run = by_types<Store>(d, t, register_bytes);
   } else if (in.space == Space::kParam && d.symbol(base) && !d.look_up(base)) {
     in.run = by_types<LoadParam>(d, t, register_bytes);
