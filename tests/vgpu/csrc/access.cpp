@@ -36,13 +36,20 @@ int lane_at(const Warp& w, const uint64_t* at, uint64_t bytes, uint64_t address)
   if (c.kind == Conflict::kFlying)
     fault(w, in, lane, std::string(verb(kind)) + " " + where +
                            " into which cp.async is still copying: no wait_group has passed");
-  std::string other = "warp " + text(warp_of(c.stamp));
-  const bool same_block = shared || block_of(c.stamp) == w.block->number;
-  if (!same_block) other += " of block " + block_text(*w.block, block_of(c.stamp));
-  if (c.stamp & (kManyWarps | kManyBlocks)) other += " (and others)";
+  const uint64_t number = block_of(c.stamp);  // in shared memory: the warp
+  std::string other = "warp " + text(shared ? number : warp_of(c.stamp));
+  std::string between = "barrier";
+  if (shared && number == w.index) {
+    other = c.stamp & kManyWarps ? "other lanes" : "lane " + text(warp_of(c.stamp));
+    between = "__syncwarp";
+  } else if (!shared && number != w.block->number) {
+    other += " of block " + block_text(*w.block, number);
+    between = "order";
+  }
+  if (c.stamp & kManyBlocks) other += " (and others)";
   fault(w, in, lane, "race: " + std::string(verb(kind)) + " " + where + " that " + other +
-                         (c.other_wrote ? " writes" : " reads") + " with no " +
-                         (same_block ? "barrier" : "order") + " between the two");
+                         (c.other_wrote ? " writes" : " reads") + " with no " + between +
+                         " between the two");
 }
 
 struct Range {
@@ -138,12 +145,13 @@ bool global_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Acce
   const bool dense = contiguous(w.exec, at, uint64_t(bytes));
   auto run = [&](uint64_t start, uint64_t size) {
     Allocation* a = all ? all : b.launch->memory->find(start);
-    const Conflict c = check(*a, start, size, kind, stamp, b);
+    const Conflict c = inspect(*a, start, size, kind, stamp, b);
     if (c.kind != Conflict::kNone) report(w, in, at, bytes, kind, false, c);
+    mark(*a, start, size, kind, stamp);
   };
   if (!all) each_executing(w, [&](int i) { run(at[i], uint64_t(bytes)); });
   else if (dense) run(at[0], uint64_t(kLanes) * uint64_t(bytes));
-  else if (!check_lanes(*all, w.exec, at, bytes, kind, stamp))
+  else if (!check_lanes(*all, w.exec, at, bytes, kind, stamp, 0))
     each_run(w.exec, at, uint64_t(bytes), run);
   count_global(b, w.exec, at, bytes, kind, dense);
   return dense;
@@ -181,20 +189,21 @@ void count_shared(Block& b, uint32_t exec, const uint64_t* at, int bytes, bool d
   }
 }
 
-// Whether the lanes that store into [start, start + size) find their values there already. Some
-// compilers let several warps store the same values.
-bool rewrites(const Warp& w, const Instr& in, const uint64_t* at, uint64_t start, uint64_t size) {
+// Whether a lane finds the value that it stores there already. Some compilers let several warps
+// store the same values.
+bool rewrites(const Warp& w, const Instr& in, int lane, uint64_t at) {
   const uint32_t* registers = w.block->kernel->lists.data() + in.list;
   const int element = in.bytes / in.count;
   bool same = true;
-  each_executing(w, [&](int i) {
-    if (at[i] < start || at[i] >= start + size) return;
-    for (int k = 0; k < in.count; k++)
-      same = same && !std::memcmp(w.block->shared.data() + at[i] + k * element,
-                                  w.src<uint8_t>(registers[k]) + i * int(in.d), size_t(element));
-  });
+  for (int k = 0; k < in.count; k++)
+    same = same && !std::memcmp(w.block->shared.data() + at + k * element,
+                                w.src<uint8_t>(registers[k]) + lane * int(in.d), size_t(element));
   return same;
 }
+
+struct Unordered : Order {
+  bool ordered(uint64_t) const override { return false; }
+};
 
 bool shared_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Access kind) {
   Block& b = *w.block;
@@ -209,16 +218,18 @@ bool shared_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Acce
   });
   const uint64_t stamp = b.shared_stamp(w) | (in.strong ? kAtomic : 0);
   const bool dense = contiguous(w.exec, at, uint64_t(bytes));
-  auto run = [&](uint64_t start, uint64_t length) {
-    Conflict c = check(b.shared_shadow, start, length, kind, stamp, b);
-    if (c.kind == Conflict::kRace && c.other_wrote && kind == Access::kWrite &&
-        rewrites(w, in, at, start, length))
-      c = check(b.shared_shadow, start, length, kind, stamp, b, true);
-    if (c.kind != Conflict::kNone) report(w, in, at, bytes, kind, true, c);
-  };
-  if (dense) run(at[0], uint64_t(kLanes) * uint64_t(bytes));
-  else if (!check_lanes(b.shared_shadow, w.exec, at, bytes, kind, stamp))
-    each_run(w.exec, at, uint64_t(bytes), run);
+  if (!check_lanes(b.shared_shadow, w.exec, at, bytes, kind, stamp, kWarpUnit)) {
+    const auto length = uint64_t(bytes);
+    each_executing(w, [&](int i) {
+      const uint64_t own = stamp + uint64_t(i) * kWarpUnit;
+      const bool same = kind == Access::kWrite && rewrites(w, in, i, at[i]);
+      const Conflict c = inspect(b.shared_shadow, at[i], length, kind, own, Unordered(), same);
+      if (c.kind != Conflict::kNone) report(w, in, at, bytes, kind, true, c);
+    });
+    each_executing(w, [&](int i) {
+      mark(b.shared_shadow, at[i], length, kind, stamp + uint64_t(i) * kWarpUnit);
+    });
+  }
   count_shared(b, w.exec, at, bytes, dense);
   if (kind == Access::kAtomicUpdate) b.counters.atomics += uint64_t(std::popcount(w.exec));
   return dense;

@@ -37,14 +37,14 @@ template <int N> inline bool any(V<N> v) {
 }
 
 // Where an access with `stamp` and one with `other`, at least one a write, are unordered.
-template <int N> inline V<N> unordered(V<N> other, uint64_t stamp) {
+template <int N> inline V<N> unordered(V<N> other, V<N> stamp) {
   const V<N> x = other ^ stamp;
   const V<N> race = (x < kLaunchUnit) & ((x >= kBlockUnit) | ((x < kIntervalUnit) &
                                                              (x >= kWarpUnit)));
   return race & ((other & stamp & kAtomic) == 0);
 }
 
-template <int N> inline V<N> unordered_with_reads(V<N> reads, uint64_t stamp) {
+template <int N> inline V<N> unordered_with_reads(V<N> reads, V<N> stamp) {
   const V<N> x = reads ^ stamp;
   const V<N> many_blocks = (reads & kManyBlocks) != 0, many_warps = (reads & kManyWarps) != 0;
   const V<N> race = (x < kLaunchUnit) &
@@ -53,7 +53,7 @@ template <int N> inline V<N> unordered_with_reads(V<N> reads, uint64_t stamp) {
   return race & ((reads & stamp & kAtomic) == 0);
 }
 
-template <int N> inline V<N> merge_reads(V<N> old, uint64_t stamp) {
+template <int N> inline V<N> merge_reads(V<N> old, V<N> stamp) {
   const V<N> x = old ^ stamp;
   const V<N> other_block = x >= kBlockUnit, other_warp = x >= kWarpUnit;
   const V<N> same_interval = x < kIntervalUnit, same_launch = x < kLaunchUnit;
@@ -64,7 +64,7 @@ template <int N> inline V<N> merge_reads(V<N> old, uint64_t stamp) {
 }
 
 // A plain write of this warp in this interval stays one, whatever atomics follow.
-template <int N> inline V<N> merge_writes(V<N> old, uint64_t stamp) {
+template <int N> inline V<N> merge_writes(V<N> old, V<N> stamp) {
   const V<N> same = (old ^ stamp) < kWarpUnit;
   return stamp & (old | ~kAtomic | ~same);
 }
@@ -73,12 +73,12 @@ Conflict race_of(const Shadow& s, uint64_t first, uint64_t count, Access access,
                  const Order& order, bool rewrites) {
   for (uint64_t k = first; k < first + count; k++) {
     Conflict c{Conflict::kRace, (s.base & ~15ull) + (k << s.granule)};
-    if (!rewrites && any<1>(unordered<1>(V<1>{s.written[k]}, stamp)) && !order.ordered(s.written[k])) {
+    if (!rewrites && any<1>(unordered<1>(V<1>{s.written[k]}, V<1>{stamp})) && !order.ordered(s.written[k])) {
       c.stamp = s.written[k];
       c.other_wrote = true;
       return c;
     }
-    if (writes(access) && any<1>(unordered_with_reads<1>(V<1>{s.read[k]}, stamp)) && !order.ordered(s.read[k])) {
+    if (writes(access) && any<1>(unordered_with_reads<1>(V<1>{s.read[k]}, V<1>{stamp})) && !order.ordered(s.read[k])) {
       c.stamp = s.read[k];
       return c;
     }
@@ -100,8 +100,8 @@ template <class Word> inline uint64_t bad_init(const uint8_t* init, bool reads) 
   return Word(reads ? x ^ Word(each * kInitialised) : x & Word(each * kInFlight));
 }
 
-Conflict check_init(Shadow& s, uint64_t address, uint64_t size, Access access) {
-  uint8_t* init = s.init + (address - s.base);
+Conflict init_conflict(const Shadow& s, uint64_t address, uint64_t size, Access access) {
+  const uint8_t* init = s.init + (address - s.base);
   const bool reads = access == Access::kRead || access == Access::kAtomicUpdate;
   uint64_t bad = 0, k = 0;
   for (; k + 8 <= size; k += 8) bad |= bad_init<uint64_t>(init + k, reads);
@@ -113,8 +113,13 @@ Conflict check_init(Shadow& s, uint64_t address, uint64_t size, Access access) {
     while (reads ? init[i] == kInitialised : !(init[i] & kInFlight)) i++;
     return {init[i] == kInFlight ? Conflict::kFlying : Conflict::kNotInitialised, address + i};
   }
-  if (!reads) std::memset(init, access == Access::kAsyncWrite ? kInFlight : kInitialised, size);
   return {};
+}
+
+void set_init(Shadow& s, uint64_t address, uint64_t size, Access access) {
+  if (s.init && (access == Access::kWrite || access == Access::kAsyncWrite))
+    std::memset(s.init + (address - s.base),
+                access == Access::kAsyncWrite ? kInFlight : kInitialised, size);
 }
 
 void touch(Shadow& s, uint64_t address, uint64_t size) {
@@ -129,7 +134,8 @@ struct Lanes {
   const uint64_t* at;
   int bytes;
   Access access;
-  uint64_t stamp;
+  uint64_t stamp, lane_unit;
+  uint64_t stamp_of(int i) const { return stamp + uint64_t(i) * lane_unit; }
 };
 
 template <class F> inline void each(uint32_t mask, F f) {
@@ -161,15 +167,17 @@ template <int N, bool kReads> bool mark_lanes(Shadow& s, const Lanes& l) {
   V<N> race{};
   each(l.mask, [&](int i) {
     const uint64_t k = s.index(l.at[i]);
-    race |= unordered<N>(load<V<N>>(s.written + k), l.stamp);
-    if (!kReads) race |= unordered_with_reads<N>(load<V<N>>(s.read + k), l.stamp);
+    const V<N> stamp = V<N>{} + l.stamp_of(i);
+    race |= unordered<N>(load<V<N>>(s.written + k), stamp);
+    if (!kReads) race |= unordered_with_reads<N>(load<V<N>>(s.read + k), stamp);
   });
   if (any<N>(race)) return false;
   uint64_t* const stamps = kReads ? s.read : s.written;
   each(l.mask, [&](int i) {
     uint64_t* at = stamps + s.index(l.at[i]);
     const V<N> old = load<V<N>>(at);
-    const V<N> now = kReads ? merge_reads<N>(old, l.stamp) : merge_writes<N>(old, l.stamp);
+    const V<N> stamp = V<N>{} + l.stamp_of(i);
+    const V<N> now = kReads ? merge_reads<N>(old, stamp) : merge_writes<N>(old, stamp);
     std::memcpy(at, &now, sizeof now);
   });
   return true;
@@ -177,8 +185,8 @@ template <int N, bool kReads> bool mark_lanes(Shadow& s, const Lanes& l) {
 
 // One granule per lane: the stamps of eight lanes at a time.
 template <bool kReads> bool mark_single_granules(Shadow& s, const Lanes& l) {
-  alignas(64) uint64_t written[32], read[32], at[32];
-  for (int i = 0; i < 32; i++) written[i] = read[i] = l.stamp;  // no conflict with itself
+  alignas(64) uint64_t written[32], read[32], own[32], now[32], at[32];
+  for (int i = 0; i < 32; i++) written[i] = read[i] = own[i] = l.stamp_of(i);
   each(l.mask, [&](int i) {
     at[i] = s.index(l.at[i]);
     written[i] = s.written[at[i]];
@@ -186,14 +194,15 @@ template <bool kReads> bool mark_single_granules(Shadow& s, const Lanes& l) {
   });
   V<8> race{};
   for (int k = 0; k < 32; k += 8) {
-    race |= unordered<8>(load<V<8>>(written + k), l.stamp);
-    if (!kReads) race |= unordered_with_reads<8>(load<V<8>>(read + k), l.stamp);
+    const V<8> stamp = load<V<8>>(own + k);
+    race |= unordered<8>(load<V<8>>(written + k), stamp);
+    if (!kReads) race |= unordered_with_reads<8>(load<V<8>>(read + k), stamp);
   }
   if (any<8>(race)) return false;
-  alignas(64) uint64_t now[32];
   for (int k = 0; k < 32; k += 8) {
-    const V<8> merged = kReads ? merge_reads<8>(load<V<8>>(read + k), l.stamp)
-                               : merge_writes<8>(load<V<8>>(written + k), l.stamp);
+    const V<8> stamp = load<V<8>>(own + k);
+    const V<8> merged = kReads ? merge_reads<8>(load<V<8>>(read + k), stamp)
+                               : merge_writes<8>(load<V<8>>(written + k), stamp);
     std::memcpy(now + k, &merged, sizeof merged);
   }
   uint64_t* const stamps = kReads ? s.read : s.written;
@@ -214,47 +223,45 @@ template <bool kReads> bool mark_lanes(Shadow& s, const Lanes& l) {
 }  // namespace
 
 bool check_lanes(Shadow& s, uint32_t lanes, const uint64_t* at, int bytes, Access access,
-                 uint64_t stamp) {
-  const Lanes l{lanes, at, bytes, access, stamp};
+                 uint64_t stamp, uint64_t lane_unit) {
+  const Lanes l{lanes, at, bytes, access, stamp, lane_unit};
   if (!lanes_have_init(s, l)) return false;
   if (!(access == Access::kRead ? mark_lanes<true>(s, l) : mark_lanes<false>(s, l))) return false;
-  const bool sets_init = s.init && (access == Access::kWrite || access == Access::kAsyncWrite);
-  const uint8_t init = access == Access::kAsyncWrite ? kInFlight : kInitialised;
-  if (sets_init) each(lanes, [&](int i) { std::memset(s.init + (at[i] - s.base), init, bytes); });
+  if (s.init) each(lanes, [&](int i) { set_init(s, at[i], uint64_t(bytes), access); });
   if (s.touched) each(lanes, [&](int i) { touch(s, at[i], uint64_t(bytes)); });
   return true;
 }
 
-Conflict check(Shadow& s, uint64_t address, uint64_t size, Access access, uint64_t stamp,
-               const Order& order, bool rewrites) {
+Conflict inspect(const Shadow& s, uint64_t address, uint64_t size, Access access, uint64_t stamp,
+                 const Order& order, bool rewrites) {
   if (s.init) {
-    const Conflict c = check_init(s, address, size, access);
+    const Conflict c = init_conflict(s, address, size, access);
     if (c.kind != Conflict::kNone) return c;
   }
   const uint64_t first = s.index(address), count = s.index(address + size - 1) + 1 - first;
-  uint64_t* const written = s.written + first;
-  uint64_t* const read = s.read + first;
   bool bad = false;
   in_pieces(count, [&](uint64_t k, auto n) {
     constexpr int N = decltype(n)::value;
-    V<N> race = unordered<N>(load<V<N>>(written + k), stamp);
-    if (writes(access)) race |= unordered_with_reads<N>(load<V<N>>(read + k), stamp);
+    V<N> race = unordered<N>(load<V<N>>(s.written + first + k), V<N>{} + stamp);
+    if (writes(access))
+      race |= unordered_with_reads<N>(load<V<N>>(s.read + first + k), V<N>{} + stamp);
     bad |= any<N>(race);
   });
-  if (bad) {
-    const Conflict c = race_of(s, first, count, access, stamp, order, rewrites);
-    if (c.kind != Conflict::kNone) return c;
-  }
+  return bad ? race_of(s, first, count, access, stamp, order, rewrites) : Conflict{};
+}
+
+void mark(Shadow& s, uint64_t address, uint64_t size, Access access, uint64_t stamp) {
+  const uint64_t first = s.index(address), count = s.index(address + size - 1) + 1 - first;
   in_pieces(count, [&](uint64_t k, auto n) {
     constexpr int N = decltype(n)::value;
-    uint64_t* at = (access == Access::kRead ? read : written) + k;
+    uint64_t* at = (access == Access::kRead ? s.read : s.written) + first + k;
     const V<N> old = load<V<N>>(at);
-    const V<N> now = access == Access::kRead ? merge_reads<N>(old, stamp)
-                                             : merge_writes<N>(old, stamp);
+    const V<N> now = access == Access::kRead ? merge_reads<N>(old, V<N>{} + stamp)
+                                             : merge_writes<N>(old, V<N>{} + stamp);
     std::memcpy(at, &now, sizeof now);
   });
+  set_init(s, address, size, access);
   touch(s, address, size);
-  return {};
 }
 
 Memory::~Memory() {

@@ -5,6 +5,9 @@
 // accesses of the same granule race if they are of the same launch, at least one writes, and they
 // are of different blocks, or of different warps in the same interval. The granule is the smallest
 // access in the kernel to that space, so that an access always covers whole granules.
+//
+// In shared memory the same four fields hold, one level down: barrier interval, warp, interval
+// between the warp's own barriers (bar.warp.sync), lane.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,8 +16,8 @@
 namespace vgpu {
 
 inline constexpr uint64_t kAtomic = 1;      // of a write: by an atomic; of reads: all strong
-inline constexpr uint64_t kManyWarps = 2;   // read by several warps in this interval
-inline constexpr uint64_t kManyBlocks = 4;  // read by several blocks
+inline constexpr uint64_t kManyWarps = 2;   // read by several warps (lanes) in this interval
+inline constexpr uint64_t kManyBlocks = 4;  // read by several blocks (warps)
 inline constexpr uint64_t kWarpUnit = 1ull << 5;
 inline constexpr uint64_t kIntervalUnit = 1ull << 10;
 inline constexpr uint64_t kBlockUnit = 1ull << 30;
@@ -60,15 +63,17 @@ struct Order {
   virtual bool ordered(uint64_t stamp) const = 0;  // true: that access happened before
 };
 
-// Checks an access of `size` bytes and marks it if there is no conflict. rewrites: it writes what is
-// there already, which does not race with other writes.
-Conflict check(Shadow& shadow, uint64_t address, uint64_t size, Access access, uint64_t stamp,
-               const Order& order, bool rewrites = false);
+// Whether an access of `size` bytes is in order. rewrites: it writes what is there already, which
+// does not race with other writes.
+Conflict inspect(const Shadow& shadow, uint64_t address, uint64_t size, Access access,
+                 uint64_t stamp, const Order& order, bool rewrites = false);
+void mark(Shadow& shadow, uint64_t address, uint64_t size, Access access, uint64_t stamp);
 
-// The same for `bytes` at the address of each lane. False: something is not in order, nothing was
-// marked, and check() tells what it is, or that an ordering excuses it.
+// Both for `bytes` at the address of each lane; the stamp of lane i is stamp + i * lane_unit.
+// False: something is not in order, nothing was marked, and inspect() tells what it is, or that an
+// ordering excuses it.
 bool check_lanes(Shadow& shadow, uint32_t lanes, const uint64_t* at, int bytes, Access access,
-                 uint64_t stamp);
+                 uint64_t stamp, uint64_t lane_unit);
 
 struct Allocation : Shadow {
   std::vector<uint64_t> members;  // the pointers under which it was added

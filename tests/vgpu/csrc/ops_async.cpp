@@ -63,7 +63,7 @@ void arrive(Warp& w, const Transfer& t, uint32_t lanes) {
   for (int i = 0; i < kLanes; i++) at[i] = t.to[i];
   for (uint32_t m = lanes; m; m &= m - 1)
     std::memset(b.shared_init.data() + at[std::countr_zero(m)], kInitialised, t.bytes);
-  check_lanes(b.shared_shadow, lanes, at, t.bytes, Access::kWrite, b.shared_stamp(w));
+  check_lanes(b.shared_shadow, lanes, at, t.bytes, Access::kWrite, b.shared_stamp(w), kWarpUnit);
   for (uint32_t m = lanes; m; m &= m - 1) {
     const int i = std::countr_zero(m);
     std::memcpy(b.shared.data() + t.to[i], t.data[i], t.bytes);

@@ -122,7 +122,7 @@ void bar(Warp& w, const Instr& in) {
   if (barrier.arrived < expected) return;
   b.counters.barriers++;
   b.interval++;
-  b.shared_interval++;
+  b.next_shared_interval();
   if (b.interval >= kMaxInterval) fault(w, in, lane, "more barriers than the engine can count");
   for (Warp* other : barrier.waiting) {
     other->state = Warp::kReady;
@@ -138,7 +138,9 @@ void bar(Warp& w, const Instr& in) {
   barrier = Barrier{};
 }
 
-void bar_warp_sync(Warp& w, const Instr& in) { arrive_together(w, in, in.a, true); }
+void bar_warp_sync(Warp& w, const Instr& in) {
+  if (arrive_together(w, in, in.a, true)) w.sync_interval++;
+}
 
 bool decode_bar(Decode& d) {
   d.take("cta");

@@ -73,12 +73,7 @@ void Worker::begin(uint64_t number) {
   block_.last_allocation = nullptr;
   std::fill(block_.shared_init.begin(), block_.shared_init.end(), kUninitialised);
   std::fill(local_init_.begin(), local_init_.end(), kUninitialised);
-  // Stamps of the blocks before are of earlier intervals; there is room for one block's barriers.
-  block_.shared_interval++;
-  if (block_.shared_interval > kMaxInterval / 2) {
-    block_.shared_interval = 1;
-    std::fill(block_.shared_stamps.begin(), block_.shared_stamps.end(), 0);
-  }
+  block_.next_shared_interval();
   ready_.clear();
   for (Warp& w : block_.warps) {
     const uint32_t first = w.index * kLanes;

@@ -1,5 +1,6 @@
 // A warp and its block while they run, and the 32-lane loops that instructions are made of.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <map>
@@ -52,7 +53,7 @@ struct Warp {
   uint32_t carry = 0;      // condition code of add.cc and its kin
   State state = kReady;
   bool stop = false;       // leave the loop: barrier, exit
-  bool barrier_result = false;
+  uint64_t sync_interval = 0;  // bar.warp.sync so far
   std::vector<Group> groups;
   Block* block = nullptr;
   uint8_t* local = nullptr;       // local_bytes per lane
@@ -133,8 +134,15 @@ struct Block : Order {
     return launch->memory->launch() * kLaunchUnit + number * kBlockUnit +
            interval * kIntervalUnit + w.index * kWarpUnit;
   }
-  uint64_t shared_stamp(const Warp& w) const {
-    return shared_interval * kIntervalUnit + w.index * kWarpUnit;
+  uint64_t shared_stamp(const Warp& w) const {  // of lane 0; see memory.h
+    return shared_interval * kLaunchUnit + w.index * kBlockUnit +
+           w.sync_interval % kMaxInterval * kIntervalUnit;
+  }
+  // All that was done in shared memory is now in order.
+  void next_shared_interval() {
+    if (++shared_interval <= kMaxLaunch) return;
+    shared_interval = 1;
+    std::fill(shared_stamps.begin(), shared_stamps.end(), 0);
   }
   uint64_t next_random() {
     random ^= random << 13;
