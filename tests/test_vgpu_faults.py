@@ -138,10 +138,20 @@ def launch(ptx, name, seed):
     return args
 
 
+@pytest.fixture(scope="module")
+def table(summary):
+    """Collects what was reported; printed at the end of the run."""
+    rows = {}
+    yield rows
+    summary += ["", "| planted fault | block | thread | PTX line | reported |", "|-|-|-|-|-|"]
+    for name, f in rows.items():
+        opcode = next(word for word in f.ptx.split() if not word.startswith("@"))
+        summary.append(f"| {name} | {f.block} | {f.thread} | {f.line} `{opcode}` | {f.reason} |")
+
+
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_fault_and_twin(modules, name, planted_faults):
+def test_fault_and_twin(modules, name, table):
     reason, result = CATALOGUE[name][4:]
-    reported = []
     for seed in range(4):
         args = launch(modules[0], name, seed)
         if result:
@@ -154,19 +164,7 @@ def test_fault_and_twin(modules, name, planted_faults):
         assert f"kernel {name}, block " in str(fault) and f"PTX line {fault.line}" in str(fault)
         assert len(fault.block) == len(fault.thread) == 3
         assert fault.source.startswith(("vgpu_faults.cu:", "cuda_pipeline", "sm_"))
-        reported.append(fault)
-    planted_faults.append((name, reported[0]))
-
-
-@pytest.fixture(scope="module")
-def planted_faults():
-    """Collects what was reported and prints it as a table (pytest -s, or the terminal summary)."""
-    rows = []
-    yield rows
-    print("\n| planted fault | block | thread | PTX | reported |\n|-|-|-|-|-|")
-    for name, f in rows:
-        opcode = f.ptx.split()[0] if not f.ptx.startswith("@") else f.ptx.split()[1]
-        print(f"| {name} | {f.block} | {f.thread} | {f.line} `{opcode}` | {f.reason} |")
+        table.setdefault(name, fault)
 
 
 def test_faults_repeat_with_one_thread(modules):

@@ -18,8 +18,8 @@ from triton.compiler import ASTSource  # noqa: E402
 import vgpu  # noqa: E402
 
 
-def launch(function, grid, args, constants=(), num_warps=4, num_stages=3, seed=0):
-    """Compiles for sm_80 and runs. args: arrays and ints; constants: of the parameters after."""
+def compile_kernel(function, args, constants=(), num_warps=4, num_stages=3):
+    """Compiles for sm_80. args: arrays and ints; constants: of the parameters after."""
     types = {np.dtype(np.uint16): "*bf16", np.dtype(np.float16): "*fp16",
              np.dtype(np.float32): "*fp32", np.dtype(np.int32): "*i32"}
     kinds = [types[a.dtype] if isinstance(a, np.ndarray) else "i32" for a in args]
@@ -30,8 +30,12 @@ def launch(function, grid, args, constants=(), num_warps=4, num_stages=3, seed=0
                if isinstance(a, np.ndarray) or a % 16 == 0}
     source = ASTSource(fn=function, signature=signature, attrs=aligned, constexprs={
         (len(args) + i,): value for i, value in enumerate(constants)})
-    kernel = triton.compile(source, target=GPUTarget("cuda", 80, 32),
-                            options={"num_warps": num_warps, "num_stages": num_stages})
+    return triton.compile(source, target=GPUTarget("cuda", 80, 32),
+                          options={"num_warps": num_warps, "num_stages": num_stages})
+
+
+def launch(function, grid, args, constants=(), num_warps=4, num_stages=3, seed=0):
+    kernel = compile_kernel(function, args, constants, num_warps, num_stages)
     module = vgpu.Device(seed=seed).load_ptx(kernel.asm["ptx"])
     return module.launch(kernel.metadata.name, grid, 32 * num_warps,
                          [*args, None, None], shared=kernel.metadata.shared)

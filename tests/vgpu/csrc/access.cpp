@@ -87,14 +87,15 @@ bool contiguous(uint32_t exec, const uint64_t* at, uint64_t bytes) {
   return differs == 0;
 }
 
-// 32-byte sectors that the lanes touch; an aligned access of at most 16 bytes lies in one.
-uint64_t count_sectors(uint32_t exec, const uint64_t* at) {
+// 32-byte sectors that the lanes touch; an aligned access of at most 16 bytes lies in one. A real
+// allocation begins at one, so that they count from its base.
+uint64_t count_sectors(uint32_t exec, const uint64_t* at, uint64_t base) {
   uint64_t sectors[kLanes];
   int n = 0;
   uint64_t last = ~0ull;
   bool ascending = true;
   for (uint32_t m = exec; m; m &= m - 1) {
-    const uint64_t sector = at[std::countr_zero(m)] >> 5;
+    const uint64_t sector = (at[std::countr_zero(m)] - base) >> 5;
     if (sector == last) continue;
     if (n && sector < last) ascending = false;
     last = sectors[n++] = sector;
@@ -105,11 +106,12 @@ uint64_t count_sectors(uint32_t exec, const uint64_t* at) {
 }
 
 void count_global(Block& b, uint32_t exec, const uint64_t* at, int bytes,
-                  Access kind, bool dense) {
+                  Access kind, bool dense, uint64_t base) {
   Counters& c = b.counters;
   const uint64_t lanes = uint64_t(std::popcount(exec)), total = lanes * uint64_t(bytes);
-  const uint64_t sectors = dense ? ((at[0] + total - 1) >> 5) - (at[0] >> 5) + 1
-                                 : count_sectors(exec, at);
+  const uint64_t begin = at[0] - base;
+  const uint64_t sectors = dense ? ((begin + total - 1) >> 5) - (begin >> 5) + 1
+                                 : count_sectors(exec, at, base);
   const uint64_t ideal = std::min(sectors, (total + 31) / 32);
   if (kind == Access::kAtomicUpdate) c.atomics += lanes;
   const bool store = writes(kind);
@@ -153,7 +155,7 @@ bool global_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Acce
   else if (dense) run(at[0], uint64_t(kLanes) * uint64_t(bytes));
   else if (!check_lanes(*all, w.exec, at, bytes, kind, stamp, 0))
     each_run(w.exec, at, uint64_t(bytes), run);
-  count_global(b, w.exec, at, bytes, kind, dense);
+  count_global(b, w.exec, at, bytes, kind, dense, all ? all->base & ~15ull : 0);
   return dense;
 }
 

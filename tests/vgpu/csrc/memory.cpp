@@ -124,9 +124,9 @@ void set_init(Shadow& s, uint64_t address, uint64_t size, Access access) {
 
 void touch(Shadow& s, uint64_t address, uint64_t size) {
   if (!s.touched) return;
-  const uint64_t offset = address - s.base;
-  for (uint64_t c = offset / Shadow::kChunk; c <= (offset + size - 1) / Shadow::kChunk; c++)
-    s.touched[c] = 1;
+  const uint64_t offset = address - s.base;  // one warp's run is no longer than a chunk
+  s.touched[offset / Shadow::kChunk] = 1;
+  s.touched[(offset + size - 1) / Shadow::kChunk] = 1;
 }
 
 struct Lanes {
@@ -142,12 +142,12 @@ template <class F> inline void each(uint32_t mask, F f) {
   for (; mask; mask &= mask - 1) f(__builtin_ctz(mask));
 }
 
-template <class Word> bool lanes_have_init(const Shadow& s, const Lanes& l) {
+template <class Word, int kWords> bool lanes_have_init(const Shadow& s, const Lanes& l) {
   const bool reads = l.access == Access::kRead || l.access == Access::kAtomicUpdate;
   uint64_t bad = 0;
   each(l.mask, [&](int i) {
     const uint8_t* init = s.init + (l.at[i] - s.base);
-    for (int b = 0; b < l.bytes; b += int(sizeof(Word))) bad |= bad_init<Word>(init + b, reads);
+    for (int k = 0; k < kWords; k++) bad |= bad_init<Word>(init + k * sizeof(Word), reads);
   });
   return bad == 0;
 }
@@ -155,10 +155,11 @@ template <class Word> bool lanes_have_init(const Shadow& s, const Lanes& l) {
 bool lanes_have_init(const Shadow& s, const Lanes& l) {
   switch (s.init ? l.bytes : 0) {
     case 0: return true;
-    case 1: return lanes_have_init<uint8_t>(s, l);
-    case 2: return lanes_have_init<uint16_t>(s, l);
-    case 4: return lanes_have_init<uint32_t>(s, l);
-    default: return lanes_have_init<uint64_t>(s, l);
+    case 1: return lanes_have_init<uint8_t, 1>(s, l);
+    case 2: return lanes_have_init<uint16_t, 1>(s, l);
+    case 4: return lanes_have_init<uint32_t, 1>(s, l);
+    case 8: return lanes_have_init<uint64_t, 1>(s, l);
+    default: return lanes_have_init<uint64_t, 2>(s, l);
   }
 }
 
