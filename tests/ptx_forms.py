@@ -20,9 +20,10 @@ FLOATS = {"f16": (11, -14, 65504.0), "bf16": (8, -126, float.fromhex("0x1.fep127
           "f64": (53, -1022, float.fromhex("0x1.fffffffffffffp1023"))}
 NAN = {"f16": 0x7fff, "bf16": 0x7fff, "f32": 0x7fffffff, "f64": 0x7ff8000000000000}
 DEVICE = Device(seed=1)
+HEADER = ".version 8.8\n.target sm_80\n.address_size 64\n"
 
 
-def run(body, inputs, output, arrays, extra=""):
+def run(body, inputs, output, arrays):
     """The instruction(s) `body` on registers a, b, c, ... of the types `inputs`, giving d of type
     `output` for every element of the arrays. A predicate result comes back as 0 or 1."""
     n = len(arrays[0]) if arrays else 64
@@ -40,7 +41,7 @@ def run(body, inputs, output, arrays, extra=""):
     store = (f"selp.b32 %x, 1, 0, d; st.global.b32 [%rd{last}], %x;" if output == "pred" else
              f"st.global.b{BITS[output]} [%rd{last}], d;")
     text = "\n".join([
-        ".version 8.8", ".target sm_80", ".address_size 64", extra,
+        HEADER,
         f".visible .entry k({', '.join(params)}, .param .u32 n) {{",
         ".reg .b64 %rd<8>; .reg .b32 %i, %x, %t, %n; .reg .pred %p, q; .reg .b32 %y<8>;",
         "mov.u32 %i, %ctaid.x; mov.u32 %t, %tid.x; mad.lo.u32 %i, %i, 128, %t;",
@@ -53,6 +54,16 @@ def run(body, inputs, output, arrays, extra=""):
     out = np.zeros(padded, UINT[BITS[output]])
     DEVICE.load_ptx(text).launch("k", padded // 128, 128, [*ins, out, padded - 1])
     return out[:n]
+
+
+def kernel(body, args, grid=1, block=32, device=DEVICE, shared=0, declarations=""):
+    """Runs a kernel whose parameters are 64-bit, in %p0, %p1, ...; %t is the thread."""
+    params = ", ".join(f".param .u64 a{i}" for i in range(len(args)))
+    loads = "".join(f"ld.param.u64 %p{i}, [a{i}];" for i in range(len(args)))
+    text = (HEADER + declarations + f".visible .entry k({params}) {{ .reg .b64 %p<8>, %q<8>; "
+            ".reg .b32 %r<40>, %t; .reg .f32 %f<20>; .reg .b16 %h<20>; .reg .f64 %d<8>; "
+            ".reg .pred %c<8>; mov.u32 %t, %tid.x;" + loads + body + "\nret; }")
+    return device.load_ptx(text).launch("k", grid, block, args, shared)
 
 
 def values(kind, rng, n):
@@ -75,7 +86,8 @@ def values(kind, rng, n):
         edges = [0, 1, 2, 3, 7, 31, 32, 33, one - 1, one, one + 1, 2 * one - 1, 2 * one - 2]
         near = rng.integers(0, 70, n).astype(np.uint64)
     anything = rng.integers(0, 2 * one - 1, n, dtype=np.uint64, endpoint=True)
-    return np.concatenate([np.array(edges, np.uint64), anything, near]).astype(UINT[bits]), len(edges)
+    together = np.concatenate([np.array(edges, np.uint64), anything, near])
+    return together.astype(UINT[bits]), len(edges)
 
 
 def operands(kinds, seed=0, n=200):

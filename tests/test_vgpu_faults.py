@@ -29,9 +29,9 @@ def modules(tmp_path_factory):
     assert nvcc, ("nvcc is not on PATH; pip install nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt "
                   "nvidia-cuda-runtime nvidia-cuda-cccl gives one")
     folder = tmp_path_factory.mktemp("faults")
-    running = [subprocess.Popen([nvcc, "-std=c++17", "-arch=compute_80", "-ptx", "-lineinfo",
-                                 f"-DPLANT={plant}", str(SOURCE), "-o", str(folder / f"{plant}.ptx")])
-               for plant in (0, 1)]
+    flags = ["-std=c++17", "-arch=compute_80", "-ptx", "-lineinfo"]
+    running = [subprocess.Popen([nvcc, *flags, f"-DPLANT={plant}", str(SOURCE),
+                                 "-o", str(folder / f"{plant}.ptx")]) for plant in (0, 1)]
     assert [r.wait() for r in running] == [0, 0]
     return [(folder / f"{plant}.ptx").read_text() for plant in (0, 1)]
 
@@ -84,8 +84,11 @@ CATALOGUE = {
     "misaligned_vector": (1, 32, lambda g: [f32(128), X.copy()], 0,
                           "a misaligned access: 16 bytes", lambda: X[:128]),
     "divergent_barrier": (1, 64, lambda g: [i32(64)], 0,
-                          "a barrier that thread 48 of the block cannot reach|divergence|race",
-                          lambda: np.arange(64) ^ 1),
+                          "a barrier that thread 48 of the block cannot reach: it has exited",
+                          lambda: np.arange(64)),
+    "barrier_in_both_branches": (1, 64, lambda g: [i32(64)], 0,
+                                 "divergence: waits for lane .* never comes here",
+                                 lambda: np.arange(64) % 2),
     "barrier_of_one_warp": (1, 96, lambda g: [i32(96)], 0,
                             "a barrier that is never complete: 32 of 96 threads",
                             lambda: np.arange(96)),

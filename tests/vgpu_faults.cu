@@ -102,7 +102,7 @@ KERNEL uninitialised_shared(float* y, const float* x) {
   y[threadIdx.x] = s[threadIdx.x ^ 1];
 }
 
-KERNEL uninitialised_global(float* y, float* scratch, const float* x) {  // scratch was never written
+KERNEL uninitialised_global(float* y, float* scratch, const float* x) {  // scratch is fresh
   if (threadIdx.x != 70 || !kPlant) scratch[threadIdx.x] = x[threadIdx.x];
   y[threadIdx.x] = scratch[threadIdx.x];
 }
@@ -112,10 +112,19 @@ KERNEL misaligned_vector(float4* y, const float* x) {
 }
 
 KERNEL divergent_barrier(int* y) {  // within a warp
-  __shared__ int s[64];
-  s[threadIdx.x] = threadIdx.x;
   if (!kPlant || threadIdx.x < 48) __syncthreads();
-  y[threadIdx.x] = s[threadIdx.x ^ 1];
+  y[threadIdx.x] = threadIdx.x;
+}
+
+KERNEL barrier_in_both_branches(int* y) {
+  if (!kPlant) __syncthreads();
+  if (threadIdx.x % 2) {
+    if (kPlant) __syncthreads();
+    y[threadIdx.x] = 1;
+  } else {
+    if (kPlant) __syncthreads();
+    y[threadIdx.x] = 0;
+  }
 }
 
 KERNEL barrier_of_one_warp(int* y) {

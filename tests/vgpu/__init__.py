@@ -10,11 +10,11 @@ import struct
 
 import numpy as np
 
-from .build import build
+from .build import build as _build
 
 
 def _load_engine():
-    spec = importlib.util.spec_from_file_location("_engine", build())
+    spec = importlib.util.spec_from_file_location("_engine", _build())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

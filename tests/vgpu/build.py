@@ -44,6 +44,7 @@ def ninja_file(sources, target):
     includes = [f"-isystem {path}" for path in
                 (sysconfig.get_path("include"), pybind11.get_include())]
     units = [source for source in sources if source.suffix == ".cpp"]
+    objects = [f"{unit.stem}.o" for unit in units]
     return "\n".join([
         f"flags = {' '.join(FLAGS + includes)}",
         "rule cc",
@@ -53,8 +54,16 @@ def ninja_file(sources, target):
         "rule link",
         f"  command = {' '.join(compiler())} -shared -pthread $in -o $out.part && "
         "mv $out.part $out",
+        "rule archive",
+        "  command = rm -f $out && ar rcs $out $in",
         *[f"build {unit.stem}.o: cc {unit}" for unit in units],
-        f"build {target.name}: link {' '.join(unit.stem + '.o' for unit in units)}", ""])
+        f"build libvgpu.a: archive {' '.join(o for o in objects if o != 'python.o')}",
+        f"build {target.name}: link python.o libvgpu.a", ""])
+
+
+def library():
+    """The engine as a static library, libvgpu.a, for programs without Python; see csrc/engine.h."""
+    return build().with_name("libvgpu.a")
 
 
 def build():

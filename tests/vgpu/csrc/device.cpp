@@ -18,12 +18,12 @@ constexpr uint32_t kMaxGridYZ = 65535, kMaxBlockZ = 64;
 
 struct LoadedModule : Module {
   std::map<std::string, Kernel> by_name;
-  std::vector<std::vector<uint8_t>> variables;
+  std::map<std::string, std::vector<uint8_t>> variables;
   std::vector<std::string> lines;
   Memory* memory = nullptr;
 
   ~LoadedModule() override {
-    for (auto& v : variables) memory->remove(reinterpret_cast<uint64_t>(v.data()));
+    for (auto& [name, data] : variables) memory->remove(reinterpret_cast<uint64_t>(data.data()));
   }
   const Kernel& kernel(const std::string& name) const {
     const auto found = by_name.find(name);
@@ -41,6 +41,11 @@ struct LoadedModule : Module {
   }
   size_t static_shared(const std::string& name) const override {
     return kernel(name).static_shared;
+  }
+  std::pair<void*, size_t> variable(const std::string& name) const override {
+    const auto found = variables.find(name);
+    if (found == variables.end()) return {nullptr, 0};
+    return {const_cast<uint8_t*>(found->second.data()), found->second.size()};
   }
 };
 
@@ -130,17 +135,16 @@ std::shared_ptr<Module> Device::load(const std::string& ptx) {
   for (const ptx::Variable& v : file.variables) {
     if (v.space == "shared") continue;
     if (v.external) ptx::fail(v.line, "an external variable: " + v.name);
-    std::vector<uint8_t> data = v.data;
+    std::vector<uint8_t>& data = module->variables[v.name] = v.data;
     data.resize(v.bytes);
-    module->variables.push_back(std::move(data));
-    const uint64_t address = reinterpret_cast<uint64_t>(module->variables.back().data());
+    const uint64_t address = reinterpret_cast<uint64_t>(data.data());
     if (address % v.align) ptx::fail(v.line, "a variable with a large alignment");
     globals[v.name] = address;
   }
   for (const ptx::Function& f : file.kernels) module->by_name[f.name] = decode(file, f, globals);
   const std::lock_guard guard(state_->lock);
-  for (auto& v : module->variables)
-    state_->memory.add(reinterpret_cast<uint64_t>(v.data()), v.size(), true);
+  for (auto& [name, data] : module->variables)
+    state_->memory.add(reinterpret_cast<uint64_t>(data.data()), data.size(), true);
   module->lines = std::move(file.lines);
   return module;
 }

@@ -15,6 +15,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace vgpu {
@@ -53,6 +54,8 @@ class Module {
   virtual std::vector<std::string> kernels() const = 0;
   virtual const std::vector<Param>& params(const std::string& kernel) const = 0;
   virtual size_t static_shared(const std::string& kernel) const = 0;
+  // A __device__ or __constant__ variable, in place; nullptr and 0 if there is none of that name.
+  virtual std::pair<void*, size_t> variable(const std::string& name) const = 0;
 };
 
 struct Options {

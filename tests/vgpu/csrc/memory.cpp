@@ -73,12 +73,13 @@ Conflict race_of(const Shadow& s, uint64_t first, uint64_t count, Access access,
                  const Order& order, bool rewrites) {
   for (uint64_t k = first; k < first + count; k++) {
     Conflict c{Conflict::kRace, (s.base & ~15ull) + (k << s.granule)};
-    if (!rewrites && any<1>(unordered<1>(V<1>{s.written[k]}, V<1>{stamp})) && !order.ordered(s.written[k])) {
+    const V<1> written{s.written[k]}, read{s.read[k]}, own{stamp};
+    if (!rewrites && any<1>(unordered<1>(written, own)) && !order.ordered(written[0])) {
       c.stamp = s.written[k];
       c.other_wrote = true;
       return c;
     }
-    if (writes(access) && any<1>(unordered_with_reads<1>(V<1>{s.read[k]}, V<1>{stamp})) && !order.ordered(s.read[k])) {
+    if (writes(access) && any<1>(unordered_with_reads<1>(read, own)) && !order.ordered(read[0])) {
       c.stamp = s.read[k];
       return c;
     }

@@ -42,7 +42,9 @@ template <bool kFtz, auto F> constexpr auto kOne = [](float a) {
 template <bool kFtz, auto F> constexpr auto kTwo = [](float a, float b) {
   return canonical(kFtz ? flush(F(flush(a), flush(b))) : F(a, b));
 };
-template <auto F> constexpr auto kHalf = [](uint16_t a) { return float_to_f16(F(f16_to_float(a))); };
+template <auto F> constexpr auto kHalf = [](uint16_t a) {
+  return float_to_f16(F(f16_to_float(a)));
+};
 template <auto F> constexpr auto kBrain = [](uint16_t a) {
   return float_to_bf16(F(bf16_to_float(a)));
 };

@@ -127,7 +127,8 @@ void Worker::deadlock() {
     Warp& w = *barrier.waiting.front();
     std::string gone;
     for (const Warp& other : block_.warps)
-      if (other.state == Warp::kDone) gone = "; warp " + std::to_string(other.index) + " has exited";
+      if (other.state == Warp::kDone)
+        gone = "; warp " + std::to_string(other.index) + " has exited";
     fault(w, block_.kernel->code[w.pc - 1], std::countr_zero(w.lanes),
           "a barrier that is never complete: " + std::to_string(barrier.arrived) + " of " +
               std::to_string(barrier.expected) + " threads arrive" + gone);
