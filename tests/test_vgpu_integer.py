@@ -252,6 +252,9 @@ def test_packed_comparison(kind):
               "or.b32 %x, %x, %y0; setp.eq.u32 d, %x, 3;", ["b32", "b32"], "pred", pairs)
     less = [decode(kind, x) < decode(kind, y) for x, y in zip(a, b)]
     check(got, [x and y for x, y in zip(less, less[::-1])], pairs)
+    for to, yes in (("u32", 0xffff), (f"{kind}x2", {"f16": 0x3c00, "bf16": 0x3f80}[kind])):
+        got = run(f"set.lt.{to}.{kind}x2 d, a, b;", ["b32", "b32"], "b32", pairs)
+        check(got, [x * yes | y * yes << 16 for x, y in zip(less, less[::-1])], pairs)
 
 
 @pytest.mark.parametrize("op", ("and", "or", "xor"))

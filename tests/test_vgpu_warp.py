@@ -30,6 +30,19 @@ def test_shfl(mode, c):
             assert got[lane] == (int(value[source]) & 0x7fffffff | valid << 31), (lane, offset)
 
 
+def test_groups_with_masks_of_their_own():
+    """Four groups of eight lanes in one instruction, each with its mask."""
+    value = np.tile(LANES * 3, 4).astype(np.uint32)
+    mask = "and.b32 %x, %laneid, 24; shl.b32 %x, 255, %x;"
+    got = run(mask + "shfl.sync.bfly.b32 d, a, 1, 0x181f, %x;", ["b32"], "b32", [value])
+    assert (got[:32] == (LANES ^ 1) * 3).all()
+    got = run(mask + "redux.sync.add.u32 d, a, %x;", ["b32"], "b32", [value])
+    assert (got[:32] == value[:32].reshape(4, 8).sum(1).repeat(8)).all()
+    got = run(mask + "activemask.b32 d; bar.warp.sync %x; activemask.b32 d;", ["b32"], "b32",
+              [value])
+    assert (got == 0xffffffff).all()
+
+
 def test_votes():
     for pattern in (0, 0xffffffff, 0x80000001, 0x0000ffff):
         p = np.tile(pattern >> LANES & 1, 4).astype(np.uint32)

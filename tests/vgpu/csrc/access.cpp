@@ -169,13 +169,17 @@ void count_shared(Block& b, uint32_t exec, const uint64_t* at, int bytes, bool d
     const uint32_t in_phase = exec & (phase == 32 ? kAllLanes : ((1u << phase) - 1) << first);
     if (!in_phase) continue;
     c.shared_wavefronts_ideal++;
-    uint32_t seen = 0, twice = 0;
+    uint64_t first_unit[kLanes];
+    uint32_t seen = 0;
+    bool conflict = false;
     for (uint32_t m = dense ? 0 : in_phase; m; m &= m - 1) {
-      const uint32_t bank = 1u << (at[std::countr_zero(m)] / 4 / uint64_t(words) * words & 31);
-      twice |= seen & bank;
-      seen |= bank;
+      const uint64_t unit = at[std::countr_zero(m)] / 4 / uint64_t(words);
+      const uint64_t bank = unit % uint64_t(phase);
+      if (seen >> bank & 1) conflict = conflict || first_unit[bank] != unit;
+      else first_unit[bank] = unit;
+      seen |= 1u << bank;
     }
-    if (!twice) {
+    if (!conflict) {
       c.shared_wavefronts++;
       continue;
     }

@@ -118,9 +118,12 @@ Conflict init_conflict(const Shadow& s, uint64_t address, uint64_t size, Access 
 }
 
 void set_init(Shadow& s, uint64_t address, uint64_t size, Access access) {
-  if (s.init && (access == Access::kWrite || access == Access::kAsyncWrite))
-    std::memset(s.init + (address - s.base),
-                access == Access::kAsyncWrite ? kInFlight : kInitialised, size);
+  if (!s.init || access == Access::kRead || access == Access::kAtomicUpdate) return;
+  const int value = access == Access::kAsyncWrite ? kInFlight : kInitialised;
+  uint8_t* init = s.init + (address - s.base);
+  if (size == 16) std::memset(init, value, 16);  // sizes that the compiler knows
+  else if (size == 4) std::memset(init, value, 4);
+  else std::memset(init, value, size);
 }
 
 void touch(Shadow& s, uint64_t address, uint64_t size) {

@@ -52,7 +52,7 @@ template <auto F> constexpr auto kPair = [](uint32_t a) {
   return uint32_t(F(uint16_t(a))) | uint32_t(F(uint16_t(a >> 16))) << 16;
 };
 
-// The f64 forms look at the upper 32 bits only, and give no others.
+// The .ftz.f64 forms look at the upper 32 bits only, and give no others.
 inline double upper(double x) {
   return std::bit_cast<double>(std::bit_cast<uint64_t>(x) & 0xffffffff00000000ull);
 }
@@ -60,8 +60,11 @@ inline double flush_double(double x) {
   const uint64_t bits = std::bit_cast<uint64_t>(x);
   return (bits & 0x7ff0000000000000ull) ? x : std::bit_cast<double>(bits & (1ull << 63));
 }
-constexpr auto kRcp64 = [](double x) { return upper(flush_double(1 / flush_double(upper(x)))); };
-constexpr auto kRsqrt64 = [](double x) { return upper(1 / std::sqrt(flush_double(upper(x)))); };
+constexpr auto kRcp64Upper = [](double x) { return upper(flush_double(1 / flush_double(upper(x)))); };
+constexpr auto kRsqrt64Upper = [](double x) {
+  return upper(1 / std::sqrt(flush_double(upper(x))));
+};
+constexpr auto kRsqrt64 = [](double x) { return 1 / std::sqrt(x); };
 
 template <auto F> Run single(bool ftz) {
   return ftz ? unary<float, kOne<true, F>> : unary<float, kOne<false, F>>;
@@ -105,8 +108,9 @@ bool decode_approx(Decode& d) {
   }
   if (d.is("ex2")) return d.in.run = any_float<kEx2>(d, t, ftz), true;
   if (d.is("tanh")) return d.in.run = any_float<kTanh>(d, t, ftz), true;
-  if (t == Type::kF64 && d.is("rcp")) return d.in.run = unary<double, kRcp64>, true;
-  if (t == Type::kF64 && d.is("rsqrt")) return d.in.run = unary<double, kRsqrt64>, true;
+  if (t == Type::kF64 && d.is("rcp") && ftz) return d.in.run = unary<double, kRcp64Upper>, true;
+  if (t == Type::kF64 && d.is("rsqrt"))
+    return d.in.run = ftz ? unary<double, kRsqrt64Upper> : unary<double, kRsqrt64>, true;
   if (t != Type::kF32) d.fail("no approximation of this type");
   if (d.is("lg2")) d.in.run = single<kLg2>(ftz);
   else if (d.is("sin")) d.in.run = single<kSin>(ftz);

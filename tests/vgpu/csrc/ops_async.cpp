@@ -8,15 +8,21 @@
 namespace vgpu {
 namespace {
 
+inline void copy(void* to, const void* from, int bytes) {
+  if (bytes == 16) std::memcpy(to, from, 16);
+  else std::memcpy(to, from, size_t(bytes));
+}
+
 // in.a, in.imm: from global; in.d: to shared, at offset in.target; in.c: bytes to read, optional.
 void cp_async(Warp& w, const Instr& in) {
   const bool wide_target = in.mode & 1;
   const int32_t offset = std::bit_cast<int32_t>(in.target);
   Addresses from = addresses(w, in), to = addresses(w, in, in.d, wide_target, offset);
   const uint32_t exec = w.exec;
-  Transfer transfer{};
+  Transfer& transfer = w.transfers.emplace_back();
   transfer.bytes = in.bytes;
   for (int i = 0; i < kLanes; i++) transfer.to[i] = uint32_t(to.at[i]);
+  std::memset(transfer.data, 0, sizeof transfer.data);
   uint32_t whole = exec, part = 0;
   const uint32_t* wanted = in.c == kNoOperand ? nullptr : w.src<uint32_t>(in.c);
   if (wanted) {
@@ -30,7 +36,7 @@ void cp_async(Warp& w, const Instr& in) {
     w.exec = whole;
     access(w, in, Space::kGlobal, from, in.bytes, Access::kRead);
     each_executing(w, [&](int i) {
-      std::memcpy(transfer.data[i], reinterpret_cast<const void*>(from.at[i]), in.bytes);
+      copy(transfer.data[i], reinterpret_cast<const void*>(from.at[i]), in.bytes);
     });
   }
   for (uint32_t m = part; m; m &= m - 1) {  // byte by byte: any length may be left
@@ -45,11 +51,18 @@ void cp_async(Warp& w, const Instr& in) {
   }
   w.exec = exec;
   access(w, in, Space::kShared, to, in.bytes, Access::kAsyncWrite);
-  for (uint32_t left = exec; left;) {  // lanes with the same number of groups behind them
-    transfer.group = w.async_group[std::countr_zero(left)];
-    transfer.lanes = left & lane_mask([&](int i) { return w.async_group[i] == transfer.group; });
-    left &= ~transfer.lanes;
-    w.transfers.push_back(transfer);
+  // One transfer for the lanes with the same number of groups behind them.
+  auto same_group = [&](uint32_t lanes, uint32_t group) {
+    return lanes & lane_mask([&](int i) { return w.async_group[i] == group; });
+  };
+  transfer.group = w.async_group[std::countr_zero(exec)];
+  transfer.lanes = same_group(exec, transfer.group);
+  for (uint32_t left = exec & ~transfer.lanes; left;) {
+    Transfer other = w.transfers.back();
+    other.group = w.async_group[std::countr_zero(left)];
+    other.lanes = same_group(left, other.group);
+    left &= ~other.lanes;
+    w.transfers.push_back(other);
   }
 }
 
@@ -66,7 +79,7 @@ void arrive(Warp& w, const Transfer& t, uint32_t lanes) {
   check_lanes(b.shared_shadow, lanes, at, t.bytes, Access::kWrite, b.shared_stamp(w), kWarpUnit);
   for (uint32_t m = lanes; m; m &= m - 1) {
     const int i = std::countr_zero(m);
-    std::memcpy(b.shared.data() + t.to[i], t.data[i], t.bytes);
+    copy(b.shared.data() + t.to[i], t.data[i], t.bytes);
   }
 }
 

@@ -11,9 +11,8 @@ enum Semantics : uint8_t { kAcquire = 1, kRelease = 2 };
 
 template <class T, auto F> void atom(Warp& w, const Instr& in) {
   Addresses a = addresses(w, in);
-  each_executing(w, [&](int i) {
-    publish(w, a.at[i], in.mode & kRelease, true);
-  });
+  if (in.space != Space::kShared)
+    each_executing(w, [&](int i) { publish(w, a.at[i], in.mode & kRelease, true); });
   access(w, in, in.space, a, sizeof(T), Access::kAtomicUpdate);
   const T* b = w.src<T>(in.b);
   const T* c = in.c == kNoOperand ? b : w.src<T>(in.c);

@@ -84,6 +84,16 @@ template <class T, int kOp> void set(Warp& w, const Instr& in) {
   each_lane<uint32_t>(w, in.d, [=](int i) { return mask >> i & 1 ? yes : 0; });
 }
 
+// Packed: imm is what a half becomes where the comparison holds.
+template <class T, int kOp> void set_pair(Warp& w, const Instr& in) {
+  const uint32_t low = combine(w, in, compare_lanes<T, kOp, 2>(w, in.a, in.b, 0));
+  const uint32_t high = combine(w, in, compare_lanes<T, kOp, 2>(w, in.a, in.b, 1));
+  const uint32_t yes = uint32_t(in.imm);
+  each_lane<uint32_t>(w, in.d, [=](int i) {
+    return (low >> i & 1 ? yes : 0) | (high >> i & 1 ? yes << 16 : 0);
+  });
+}
+
 template <class T, template <class, int> class Op, int kOp = 0> Run by_comparison(int op) {
   if (op == kOp) return Op<T, kOp>::run;
   if constexpr (kOp < kNan) return by_comparison<T, Op, kOp + 1>(op);
@@ -91,6 +101,7 @@ template <class T, template <class, int> class Op, int kOp = 0> Run by_compariso
 }
 template <class T, int kOp> struct Setp { static constexpr Run run = setp<T, kOp>; };
 template <class T, int kOp> struct SetpPair { static constexpr Run run = setp_pair<T, kOp>; };
+template <class T, int kOp> struct SetPair { static constexpr Run run = set_pair<T, kOp>; };
 template <class T, int kOp> struct Set { static constexpr Run run = set<T, kOp>; };
 
 template <template <class, int> class Op> Run by_type(Decode& d, Type t, int op, bool ftz) {
@@ -130,9 +141,14 @@ bool decode_set(Decode& d) {
     if (d.s.operands[3].negated) d.in.mode |= 4;
   }
   if (!to_predicate) {
-    if (bytes_of(result) != 4 || t == Type::kF16x2 || t == Type::kBF16x2)
-      d.fail("set with this type");
+    if (bytes_of(result) != 4) d.fail("set with this type");
     d.in.d = d.dst(0, result);
+    if (t == Type::kF16x2 || t == Type::kBF16x2) {
+      d.in.imm = result == Type::kF16x2 ? 0x3c00 : result == Type::kBF16x2 ? 0x3f80 : 0xffff;
+      d.in.run = t == Type::kF16x2 ? by_comparison<F16, SetPair>(op)
+                                   : by_comparison<BF16, SetPair>(op);
+      return true;
+    }
     d.in.count = result == Type::kF32;
     d.in.run = by_type<Set>(d, t, op, ftz);
     return true;

@@ -12,7 +12,8 @@ enum : uint8_t { kAcquire = 1, kRelease = 2 };  // Instr::mode
 // Memory elements of type M into registers of type R: a signed M extends its sign.
 template <class M, class R> void load(Warp& w, const Instr& in) {
   Addresses a = addresses(w, in);
-  if (in.strong) each_executing(w, [&](int i) { publish(w, a.at[i], false, true); });
+  if (in.strong && in.space != Space::kShared)
+    each_executing(w, [&](int i) { publish(w, a.at[i], false, true); });
   const bool dense = access(w, in, in.space, a, in.bytes, Access::kRead);
   const uint32_t* registers = w.block->kernel->lists.data() + in.list;
   for (int k = 0; k < in.count; k++) {
@@ -30,7 +31,7 @@ template <class M, class R> void load(Warp& w, const Instr& in) {
 
 template <class M, class R> void store(Warp& w, const Instr& in) {
   Addresses a = addresses(w, in);
-  if (in.strong)
+  if (in.strong && in.space != Space::kShared)
     each_executing(w, [&](int i) { publish(w, a.at[i], in.mode & kRelease, false); });
   const bool dense = access(w, in, in.space, a, in.bytes, Access::kWrite);
   const uint32_t* registers = w.block->kernel->lists.data() + in.list;

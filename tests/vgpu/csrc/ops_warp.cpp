@@ -15,13 +15,18 @@ std::string hex(uint32_t x) {
 
 bool arrive_together(Warp& w, const Instr& in, uint32_t mask_operand, bool exited_allowed) {
   const uint32_t* masks = w.src<uint32_t>(mask_operand);
-  const uint32_t members = masks[std::countr_zero(w.exec)];
   each_executing(w, [&](int i) {
-    if (masks[i] != members)
-      fault(w, in, i, "lanes disagree on the mask: " + hex(masks[i]) + " and " + hex(members));
-    if (!(members >> i & 1))
-      fault(w, in, i, "lane " + std::to_string(i) + " is not in the mask " + hex(members));
+    if (!(masks[i] >> i & 1))
+      fault(w, in, i, "lane " + std::to_string(i) + " is not in the mask " + hex(masks[i]));
   });
+  const uint32_t members = masks[std::countr_zero(w.exec)];
+  const uint32_t others = w.exec & ~lane_mask([&](int i) { return masks[i] == members; });
+  if (others) {  // groups of lanes with a mask each: one group after the other
+    w.groups.push_back({w.pc - 1, others, false});
+    w.active &= ~others;
+    w.exec &= ~others;
+    w.merge_pc = w.pc;  // before the next instruction, it is the turn of those
+  }
   const uint32_t gone = members & ~w.alive;
   if (gone && !exited_allowed)
     fault(w, in, std::countr_zero(w.exec),

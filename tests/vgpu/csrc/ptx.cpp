@@ -185,7 +185,7 @@ class Parser {
       if (accept("{")) {
         function_.scope_parent.push_back(scope);
         body(int(function_.scope_parent.size()) - 1);
-      } else if (t.text == ".reg") {
+      } else if (t.text == ".reg" || t.text.starts_with(".reg.")) {
         registers(scope);
       } else if (t.text == ".loc") {
         source_file_ = std::stoi(peek(1).text);
@@ -218,9 +218,10 @@ class Parser {
   }
 
   void registers(int scope) {
-    expect(".reg");
+    const bool joined = peek().text != ".reg";  // .reg.b16
+    if (!joined) take();
     const Token& kind = take();
-    const Type type = type_of(kind.text.substr(1));
+    const Type type = type_of(kind.text.substr(joined ? 5 : 1));
     if (type == Type::kNone || type == Type::kB128)
       fail(kind.line, "unknown register type '" + kind.text + "'");
     do {

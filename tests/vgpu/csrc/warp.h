@@ -25,6 +25,7 @@ struct Block;
 
 // cp.async copies of one instruction, on their way.
 struct Transfer {
+  Transfer() {}  // not zeroed
   uint32_t lanes;
   uint32_t group;
   uint8_t bytes;
