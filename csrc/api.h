@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-enum { kApiVersion = 1 };
+enum { kApiVersion = 2 };
 
 typedef enum DType { kFloat32, kBFloat16, kFloat16, kFloat64 } DType;
 
@@ -65,6 +65,10 @@ typedef struct Attention {
 typedef struct Kernels {
   int version;      /* kApiVersion */
   const char* name; /* for people: "CPU avx512", "CUDA" */
+
+  /* What the latest kLaunchFailed of this thread was, as a clause; null where nothing can fail so.
+   * A null kernel below is one that this backend does not have yet. */
+  const char* (*last_error)(void);
 
   /* h = x + residual (x itself when residual is null); rstd = 1 / sqrt(mean(h^2) + eps);
    * y = h * rstd * weight. y, h (rows, D) contiguous; h null when residual is; rstd (rows) acc;

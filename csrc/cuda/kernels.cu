@@ -1,0 +1,38 @@
+// The CUDA table of kernels, and the library's only exported symbol.
+#include "kernels.cuh"
+
+#include <cuda_runtime_api.h>
+
+#include "launch.cuh"
+
+namespace lx {
+namespace {
+
+thread_local cudaError_t latest_error = cudaSuccess;
+
+const char* last_error() { return cudaGetErrorString(latest_error); }
+
+}  // namespace
+
+Status launch_status() {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return kOk;
+  latest_error = error;
+  return kLaunchFailed;
+}
+
+}  // namespace lx
+
+extern "C" __attribute__((visibility("default"))) const Kernels* lx_cuda_kernels() {
+  static const Kernels table = [] {
+    Kernels k{};  // a kernel that is not listed is null: not written yet
+    k.version = kApiVersion;
+    k.name = "CUDA";
+    k.last_error = lx::last_error;
+    k.rmsnorm_fwd = lx::rmsnorm_fwd;
+    k.rmsnorm_bwd = lx::rmsnorm_bwd;
+    k.rmsnorm_bwd_parts = lx::rmsnorm_bwd_parts;
+    return k;
+  }();
+  return &table;
+}

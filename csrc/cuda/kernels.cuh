@@ -1,0 +1,15 @@
+// The launchers, as the table in kernels.cu lists them. What each does is told in api.h.
+#pragma once
+#include "../api.h"
+
+namespace lx {
+
+Status rmsnorm_fwd(void* y, void* h, void* rstd, const void* x, Rows x_rows, const void* residual,
+                   Rows residual_rows, const void* weight, int64_t D, double eps, DType dtype,
+                   DType weight_dtype, Stream stream);
+Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows dy_rows,
+                   const void* dh, Rows dh_rows, const void* h, Rows h_rows, const void* weight,
+                   const void* rstd, int64_t D, DType dtype, DType weight_dtype, Stream stream);
+int64_t rmsnorm_bwd_parts(int64_t rows);
+
+}  // namespace lx
