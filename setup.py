@@ -1,4 +1,5 @@
-"""Builds llama_ext/_C.so: torch's stable C ABI only, no Python ABI, one binary for torch >= 2.10.
+"""Builds llama_ext/_C.so: torch's stable C ABI only, no Python ABI, one binary for torch >= 2.10;
+and, where there is nvcc, llama_ext/libllama_ext_cuda.so, which knows no torch.
 
 The headers come from the torch that is already installed, in a build-isolated install too, so that
 no second torch is downloaded; where there is none, pip brings one for the build.
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
@@ -18,6 +20,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
+sys.path.append("csrc/cuda")
+import nvcc  # noqa: E402
+
+CUDA_LIBRARY = "llama_ext.libllama_ext_cuda"
 OLDEST_TORCH = (2, 10)
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = AVX2 + ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -42,6 +48,11 @@ class BuildExt(build_ext):
         return os.path.join(*name.split(".")) + ".so"
 
     def build_extension(self, ext):
+        target = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if ext.name == CUDA_LIBRARY:  # after _C, which compiles for both
+            objects = sorted(Path(self.build_temp).glob("*.cu.o"))
+            return self.call(nvcc.link_command(objects, target))
         found = find_torch()
         if found is None or tuple(map(int, found[1].split(".")[:2])) < OLDEST_TORCH:
             raise PlatformError("llama_ext: torch: expected 2.10 or newer, got "
@@ -58,21 +69,20 @@ class BuildExt(build_ext):
         jobs += [(str(source), objects / f"{source.stem}.o",
                   ["-isystem", f"{torch}/include", "-DTORCH_TARGET_VERSION=0x020a000000000000"])
                  for source in sorted(Path("csrc/torch").glob("*.cpp"))]
-
-        def compile(job):
-            source, target, flags = job
-            self.call([*compiler.split(), *FLAGS, *flags, "-c", source, "-o", str(target)])
-
+        commands = [nvcc.compile_command(source, objects / f"{source.name}.o")
+                    for source in nvcc.SOURCES if nvcc.find()]
+        commands += [[*compiler.split(), *FLAGS, *flags, "-c", source, "-o", str(target)]
+                     for source, target, flags in jobs]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            list(pool.map(compile, jobs))
-        target = self.get_ext_fullpath(ext.name)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+            list(pool.map(self.call, commands))
         self.call([*compiler.split(), "-shared", *[str(job[1]) for job in jobs], "-o", target,
                    f"-L{torch}/lib", "-ltorch_cpu", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs"])
-
     def call(self, command):
+        begin = time.monotonic()
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         sys.stderr.write(done.stderr)
+        built = command[command.index("-o") + 1]
+        print(f"{time.monotonic() - begin:5.1f} s  {built}", file=sys.stderr)
         if done.returncode:
             raise CompileError(f"llama_ext: the compiler failed: {' '.join(command)}")
 
@@ -82,6 +92,9 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[Extension("llama_ext._C", sources=[])],
+names = ["llama_ext._C"] + ([CUDA_LIBRARY] if nvcc.find() else [])
+if not nvcc.find():
+    print(f"llama_ext: {nvcc.ABSENT}", file=sys.stderr)
+setup(ext_modules=[Extension(name, sources=[]) for name in names],
       cmdclass={"build_ext": BuildExt, "bdist_wheel": Wheel},
       setup_requires=[] if find_torch() else ["torch>=2.10"])

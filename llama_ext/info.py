@@ -2,10 +2,20 @@
 
 import os
 import platform
+from pathlib import Path
 
 import torch
 
 from . import memory
+
+_CUDA_LIBRARY = Path(__file__).parent / "libllama_ext_cuda.so"
+
+
+def _cuda_kernels():
+    if not _CUDA_LIBRARY.exists():
+        return ("none in this build, which found no nvcc: put CUDA 12.4 or newer on PATH or in "
+                "CUDA_HOME, or pip install '.[nvcc]', and build again")
+    return torch.ops.llama_ext.cuda_kernels()
 
 
 def info():
@@ -13,7 +23,8 @@ def info():
 
     cpu.isa: the instruction set whose kernels serve CPU tensors, the best of cpu.available unless
     the environment variable LLAMA_EXT_CPU_ISA names another. cuda.kernels: the GPU architectures
-    this build has kernels for; a CUDA tensor given to an op raises when there are none.
+    this build has machine code for (800 is sm_80; newer GPUs compile from PTX), or why there are
+    none; a CUDA tensor given to an op then raises.
     """
     from . import __version__
     return {
@@ -28,7 +39,7 @@ def info():
             "freed memory": memory.status(),
         },
         "cuda": {
-            "kernels": "none in this build: ops take CPU tensors only",
+            "kernels": _cuda_kernels(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }

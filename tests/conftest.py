@@ -4,12 +4,40 @@ import torch
 import llama_ext
 
 
+def pytest_addoption(parser):
+    parser.addoption("--backend", choices=["cpu", "vgpu", "cuda"], default="cpu",
+                     help="what runs the ops: the CPU kernels; the CUDA kernels on the virtual A100 "
+                          "(tests/vgpu); the CUDA kernels on a GPU")
+
+
 def pytest_configure(config):
     torch.set_num_threads(2)
+    if config.getoption("backend") == "vgpu":
+        import vgpu.library
+
+        vgpu.library.activate()
+    elif config.getoption("backend") == "cuda":
+        torch.set_default_device("cuda")  # of every tensor that a test makes
 
 
 def pytest_report_header(config):
-    return f"torch {torch.__version__}; CPU kernels: {torch.ops.llama_ext.cpu_isas()}"
+    kernels = (torch.ops.llama_ext.cuda_kernels() if config.getoption("backend") == "cuda"
+               else torch.ops.llama_ext.cpu_isas())
+    return f"torch {torch.__version__}; backend {config.getoption('backend')}: {kernels}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test that meets an op whose kernel is null in the backend's table is skipped."""
+    report = yield
+    error = call.excinfo and call.excinfo.value
+    while error is not None:
+        if str(error).endswith("has no kernel for this op yet"):
+            report.outcome = "skipped"
+            report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {error}")
+            break
+        error = error.__cause__ or error.__context__
+    return report
 
 
 SUMMARY = pytest.StashKey[list]()
@@ -27,18 +55,28 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture(autouse=True)
-def seeded_and_nan_filled():
+def seeded_and_nan_filled(pytestconfig):
     """Fixed random numbers; and every torch.empty is filled with NaN, so that an output that a
-    kernel leaves unwritten, or adds to, shows."""
+    kernel leaves unwritten, or adds to, shows. (vgpu fills with NaNs of its own, to know them.)"""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = pytestconfig.getoption("backend") != "vgpu"
     yield
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=torch.ops.llama_ext.cpu_isas().split())
-def isa(request):
-    """Runs the test once with the kernels of each instruction set this CPU has."""
-    torch.ops.llama_ext.cpu_isa(request.param)
+def pytest_generate_tests(metafunc):
+    if "isa" in metafunc.fixturenames:
+        backend = metafunc.config.getoption("backend")
+        isas = torch.ops.llama_ext.cpu_isas().split() if backend == "cpu" else [backend]
+        metafunc.parametrize("isa", isas, indirect=True)
+
+
+@pytest.fixture
+def isa(request, pytestconfig):
+    """Runs the test once with the kernels of each instruction set this CPU has; other backends have
+    one set of kernels."""
+    if pytestconfig.getoption("backend") == "cpu":
+        torch.ops.llama_ext.cpu_isa(request.param)
     yield request.param
     torch.ops.llama_ext.cpu_isa("")

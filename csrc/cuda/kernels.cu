@@ -5,6 +5,9 @@
 
 #include "launch.cuh"
 
+#define LX_STRING_(...) #__VA_ARGS__
+#define LX_STRING(...) LX_STRING_(__VA_ARGS__)
+
 namespace lx {
 namespace {
 
@@ -27,7 +30,7 @@ extern "C" __attribute__((visibility("default"))) const Kernels* lx_cuda_kernels
   static const Kernels table = [] {
     Kernels k{};  // a kernel that is not listed is null: not written yet
     k.version = kApiVersion;
-    k.name = "CUDA";
+    k.name = "CUDA " LX_STRING(__CUDA_ARCH_LIST__);  // 800,900 for sm_80 and sm_90
     k.last_error = lx::last_error;
     k.rmsnorm_fwd = lx::rmsnorm_fwd;
     k.rmsnorm_bwd = lx::rmsnorm_bwd;

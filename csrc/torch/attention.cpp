@@ -93,10 +93,8 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double sc
   const Inputs in(q, k, v, scale, causal, window, cu_q, cu_k);
   Tensor o = new_like(q), lse = in.new_lse();
   if (lse.numel())
-    check_status(kOp,
-                 backend.kernels->attention_fwd(o.mutable_data_ptr(), lse.mutable_data_ptr(), &in.a,
-                                                backend.stream),
-                 backend.kernels);
+    backend.run(&Kernels::attention_fwd, o.mutable_data_ptr(), lse.mutable_data_ptr(),
+                &in.a);
   return {o, lse};
 }
 
@@ -116,13 +114,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, MaybeTensor dlse, 
   for (int64_t i = 0; i < grad.dim() - 1; i++) stride[i + 4 - grad.dim()] = grad.stride(i);
   Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
   if (dq.numel() && dk.numel()) {
-    check_status(kOp,
-                 backend.kernels->attention_bwd(
-                     dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr(),
-                     delta.mutable_data_ptr(), grad.const_data_ptr(), stride, out.const_data_ptr(),
-                     lse.const_data_ptr(), dlse ? dlse->const_data_ptr() : nullptr, &in.a,
-                     backend.stream),
-                 backend.kernels);
+    backend.run(&Kernels::attention_bwd, dq.mutable_data_ptr(), dk.mutable_data_ptr(),
+                dv.mutable_data_ptr(), delta.mutable_data_ptr(), grad.const_data_ptr(), stride,
+                out.const_data_ptr(), lse.const_data_ptr(), dlse ? dlse->const_data_ptr() : nullptr,
+                &in.a);
   } else {
     for (Tensor* t : {&dq, &dk, &dv})
       if (t->numel()) torch::stable::zero_(*t);

@@ -25,11 +25,12 @@ const char* dtype_text(ScalarType dtype) {
   }
 }
 
-void check_status(const char* op, Status status, const Kernels* kernels) {
+void Backend::check_status(Status status) const {
   check(status != kUnsupported, op, ": ", kernels->name,
         " has no kernel for these dtypes and sizes");
   check(status != kOutOfMemory, op, ": ", kernels->name, " could not allocate its scratch memory");
-  check(status == kOk, op, ": ", kernels->name, " failed to launch");
+  check(status == kOk, op, ": ", kernels->name, " failed to launch",
+        kernels->last_error ? std::string(": ") + kernels->last_error() : "");
 }
 
 DType dtype_of(const char* op, const char* arg, const Tensor& t) {

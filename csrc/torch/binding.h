@@ -1,11 +1,13 @@
 // What every op's binding needs: checks that end in one sentence, the table that serves a tensor,
 // strided rows, and allocation.
 #pragma once
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -32,16 +34,28 @@ template <class... Parts> void check(bool ok, const Parts&... parts) {
 std::string shape_text(const Tensor& t);  // "(2, 3)"
 const char* dtype_text(ScalarType dtype);  // "bfloat16"
 
+// The kernels that serve a tensor, and where their work goes. While it lives, the tensor's GPU is the
+// current one.
 struct Backend {
+  const char* op;
   const Kernels* kernels;
   Stream stream;
+  std::optional<torch::stable::accelerator::DeviceGuard> on_device;
+
+  // An entry of the table. Fails if this backend has no such kernel yet.
+  template <class Kernel> Kernel get(Kernel Kernels::*entry) const {
+    check(kernels->*entry != nullptr, op, ": ", kernels->name, " has no kernel for this op yet");
+    return kernels->*entry;
+  }
+  // Calls a kernel with the arguments and the stream. Fails unless it returns kOk.
+  template <class... Formals, class... Args>
+  void run(Status (*Kernels::*kernel)(Formals...), const Args&... args) const {
+    check_status(get(kernel)(args..., stream));
+  }
+  void check_status(Status status) const;
 };
 
-// The table that serves this tensor's device, and where its work goes.
 Backend kernels_for(const char* op, const char* arg, const Tensor& t);
-
-// Fails unless the kernel's status is kOk.
-void check_status(const char* op, Status status, const Kernels* kernels);
 
 // The DType of a tensor of floats.
 DType dtype_of(const char* op, const char* arg, const Tensor& t);

@@ -44,12 +44,9 @@ void backward(Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const 
         kOp, ": lse: expected what the forward returned, got ", shape_text(lse), " ",
         dtype_text(lse.scalar_type()));
   if (dlogits.numel())
-    check_status(kOp,
-                 backend.kernels->cross_entropy_bwd(
-                     dlogits.mutable_data_ptr(), z.data(), z.rows, target_data(t),
-                     lse.const_data_ptr(), dloss.const_data_ptr(), dloss.numel() == 1 ? 0 : 1,
-                     z.width, ignore_index, dtype, backend.stream),
-                 backend.kernels);
+    backend.run(&Kernels::cross_entropy_bwd, dlogits.mutable_data_ptr(), z.data(),
+                z.rows, target_data(t), lse.const_data_ptr(), dloss.const_data_ptr(), dloss.numel()
+                == 1 ? 0 : 1, z.width, ignore_index, dtype);
 }
 
 }  // namespace
@@ -63,11 +60,9 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor target, int64
   Tensor loss = new_tensor(target.sizes(), acc_dtype(logits), logits);
   Tensor lse = new_like(loss);
   if (z.count)
-    check_status(kOp,
-                 backend.kernels->cross_entropy_fwd(loss.mutable_data_ptr(), lse.mutable_data_ptr(),
-                                                    z.data(), z.rows, target_data(t), z.width,
-                                                    ignore_index, dtype, backend.stream),
-                 backend.kernels);
+    backend.run(&Kernels::cross_entropy_fwd, loss.mutable_data_ptr(),
+                lse.mutable_data_ptr(), z.data(), z.rows, target_data(t), z.width, ignore_index,
+                dtype);
   return {loss, lse};
 }
 
@@ -78,12 +73,9 @@ std::tuple<Tensor, Tensor> mean_loss(Tensor loss, Tensor target, int64_t ignore_
   const Tensor t = with_contiguous_last(target, target.dim());
   Tensor mean = new_tensor({}, loss.scalar_type(), loss);
   Tensor inv_count = new_tensor({}, loss.scalar_type(), loss);
-  check_status(kOp,
-               backend.kernels->mean_loss(mean.mutable_data_ptr(), inv_count.mutable_data_ptr(),
-                                          l.const_data_ptr(), target_data(t), l.numel(),
-                                          ignore_index, dtype_of(kOp, "loss", loss),
-                                          backend.stream),
-               backend.kernels);
+  backend.run(&Kernels::mean_loss, mean.mutable_data_ptr(),
+              inv_count.mutable_data_ptr(), l.const_data_ptr(), target_data(t), l.numel(),
+              ignore_index, dtype_of(kOp, "loss", loss));
   return {mean, inv_count};
 }
 

@@ -34,6 +34,7 @@ STABLE_TORCH_LIBRARY(llama_ext, m) {
 
   m.def("cpu_isa(str name) -> str");  // the instruction set in use, after a switch; see backend.cpp
   m.def("cpu_isas() -> str");
+  m.def("cuda_kernels() -> str");  // the CUDA table's name, or why there is none
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llama_ext, CompositeExplicitAutograd, m) {
@@ -56,4 +57,5 @@ STABLE_TORCH_LIBRARY_IMPL(llama_ext, CompositeExplicitAutograd, m) {
 
   m.impl("cpu_isa", TORCH_BOX(&lx::cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&lx::cpu_isas));
+  m.impl("cuda_kernels", TORCH_BOX(&lx::cuda_kernels));
 }

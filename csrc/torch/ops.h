@@ -36,5 +36,6 @@ void cross_entropy_bwd_(Tensor dloss, Tensor logits, Tensor target, Tensor lse,
 
 std::string cpu_isa(std::string name);
 std::string cpu_isas();
+std::string cuda_kernels();
 
 }  // namespace lx

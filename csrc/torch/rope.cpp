@@ -26,11 +26,9 @@ Tensor rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) {
   const Rows rows = {{B, T, H}, {in.stride(0), in.stride(1), in.stride(2)}};
   Tensor y = new_like(x);
   if (y.numel())
-    check_status("rope",
-                 backend.kernels->rope(y.mutable_data_ptr(), in.const_data_ptr(), rows,
-                                       c2.const_data_ptr(), s.const_data_ptr(), table_stride, D,
-                                       interleaved, inverse, dtype, table_dtype, backend.stream),
-                 backend.kernels);
+    backend.run(&Kernels::rope, y.mutable_data_ptr(), in.const_data_ptr(), rows,
+                c2.const_data_ptr(), s.const_data_ptr(), table_stride, D, interleaved, inverse,
+                dtype, table_dtype);
   return y;
 }
 

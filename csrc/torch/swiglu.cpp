@@ -17,10 +17,8 @@ Tensor swiglu_fwd(Tensor gate, Tensor up) {
   const RowView g(gate), u(up);
   Tensor out = new_like(gate);
   if (out.numel())
-    check_status("swiglu",
-                 backend.kernels->swiglu_fwd(out.mutable_data_ptr(), g.data(), g.rows, u.data(),
-                                             u.rows, g.width, dtype, backend.stream),
-                 backend.kernels);
+    backend.run(&Kernels::swiglu_fwd, out.mutable_data_ptr(), g.data(), g.rows,
+                u.data(), u.rows, g.width, dtype);
   return out;
 }
 
@@ -32,11 +30,8 @@ std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dout, Tensor gate, Tensor up) {
   const RowView d(dout), g(gate), u(up);
   Tensor dgate = new_like(gate), dup = new_like(gate);
   if (dgate.numel())
-    check_status("swiglu",
-                 backend.kernels->swiglu_bwd(dgate.mutable_data_ptr(), dup.mutable_data_ptr(),
-                                             d.data(), d.rows, g.data(), g.rows, u.data(), u.rows,
-                                             g.width, dtype, backend.stream),
-                 backend.kernels);
+    backend.run(&Kernels::swiglu_bwd, dgate.mutable_data_ptr(), dup.mutable_data_ptr(),
+                d.data(), d.rows, g.data(), g.rows, u.data(), u.rows, g.width, dtype);
   return {dgate, dup};
 }
 

@@ -1,0 +1,94 @@
+"""Builds the CUDA library for the virtual A100: its own sources, as nvcc compiles them for sm_80,
+linked with standin/ instead of the CUDA runtime. Cached by content in build/vgpu/."""
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+
+from . import build
+
+STANDIN = build.HERE / "standin"
+CSRC = Path(os.environ.get("VGPU_CSRC", build.HERE.parent.parent / "csrc"))
+
+
+def _load_nvcc():
+    spec = importlib.util.spec_from_file_location("nvcc", CSRC / "cuda" / "nvcc.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+nvcc = _load_nvcc()
+
+
+def _run(command):
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"vgpu: a command failed: {' '.join(map(str, command))}\n{done.stdout}")
+    return done.stdout
+
+
+def _cached(suffix, command, inputs):
+    """The file that command(output) makes of the inputs, made once for their content."""
+    digest = hashlib.sha256(" ".join(map(str, command("OUT"))).encode())
+    for path in inputs:
+        digest.update(path.name.encode() + path.read_bytes())
+    output = build.FOLDER / f"{digest.hexdigest()[:24]}{suffix}"
+    if not output.exists():
+        build.FOLDER.mkdir(parents=True, exist_ok=True)
+        part = output.with_name(f"{os.getpid()}-{output.name}")
+        _run(command(part))
+        part.rename(output)
+    return output
+
+
+def kernel_object(source):
+    """An object file with machine code for sm_80 and its PTX as plain text."""
+    if nvcc.find() is None:
+        raise RuntimeError(f"vgpu: {nvcc.ABSENT}")
+    headers = [CSRC / "api.h", *sorted((CSRC / "cuda").glob("*.cuh"))]
+    return _cached(".cu.o", lambda out: [
+        *nvcc.find(), *nvcc.FLAGS, *nvcc.compress_none(),
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]", "-c", str(source), "-o", str(out)],
+        [source, *headers])
+
+
+def library():
+    """The path of the library."""
+    site = Path(torch.__file__).parent
+    flags = [*build.compiler(), *build.FLAGS, f"-I{build.HERE / 'csrc'}", "-isystem",
+             str(site / "include"), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    headers = [*sorted(STANDIN.glob("*.h")), build.HERE / "csrc" / "engine.h"]
+    objects = [kernel_object(CSRC / "cuda" / source.name) for source in nvcc.SOURCES]
+    for source in sorted(STANDIN.glob("*.cpp")):
+        objects.append(_cached(".o", lambda out: [*flags, "-c", str(source), "-o", str(out)],
+                               [source, *headers]))
+    engine = build.library()
+    return _cached(".so", lambda out: [
+        *build.compiler(), "-shared", "-pthread", *map(str, objects), str(engine), "-o", str(out),
+        f"-L{site / 'lib'}", "-lc10", f"-Wl,-rpath,{site / 'lib'}", "-Wl,-z,defs"],
+        [engine])
+
+
+def activate():
+    """From now on CPU tensors are served by the CUDA kernels on the virtual A100. To be called
+    before the first op. Tensors made earlier lie in memory that the kernels may not touch."""
+    os.environ["LLAMA_EXT_CPU_TENSORS_TO"] = str(library())
+    _loaded().vgpu_own_torch_memory()
+
+
+def _loaded():
+    loaded = ctypes.CDLL(os.environ["LLAMA_EXT_CPU_TENSORS_TO"])
+    loaded.vgpu_take_log.restype = ctypes.c_char_p
+    return loaded
+
+
+def take_log():
+    """One dict for each launch since the last call: kernel, grid, block and the counters."""
+    return json.loads(_loaded().vgpu_take_log())
