@@ -164,6 +164,15 @@ void Device::mark_memory(const void* data, size_t bytes, bool initialised) {
   state_->memory.mark(reinterpret_cast<uint64_t>(data), bytes, initialised);
 }
 
+void Device::read_marks(const void* data, size_t bytes, uint8_t* marks) const {
+  const std::lock_guard guard(state_->lock);
+  const auto at = reinterpret_cast<uint64_t>(data);
+  const Allocation* a = state_->memory.find(at);
+  if (!a || !a->init || !a->contains(at, bytes))
+    throw std::invalid_argument("vgpu: read_marks: not within one uninitialised allocation");
+  std::memcpy(marks, a->init + (at - a->base), bytes);
+}
+
 Stats Device::launch(const Module& module, const std::string& name, Dim grid, Dim block,
                      size_t dynamic_shared, const void* const* args) {
   const std::lock_guard guard(state_->lock);

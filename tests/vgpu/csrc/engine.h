@@ -76,6 +76,8 @@ class Device {
   void remove_memory(const void* data);
   // The bytes count as written (by a copy from the host), or as uninitialised again.
   void mark_memory(const void* data, size_t bytes, bool initialised);
+  // Per byte of memory that was added with initialised = false: 0 where it still may not be read.
+  void read_marks(const void* data, size_t bytes, uint8_t* marks) const;
 
   // args[i] points to the bytes of parameter i. Throws Fault, or std::invalid_argument for a
   // launch that a driver would refuse.
