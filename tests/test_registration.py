@@ -13,7 +13,7 @@ CU_Q, CU_K = (torch.tensor([0, a, b], dtype=torch.int32) for a, b in ((5, 12), (
 COS, SIN = torch.rand(6, 4), torch.rand(6, 4)
 LOGITS, TARGET, LOSS = randn(6, 11), torch.tensor([0, 3, -100, 10, 5, 5]), randn(6)
 OPTIONS = 0.3, True, 0
-NOT_TENSOR_OPS = {"cpu_isa", "cpu_isas"}
+NOT_TENSOR_OPS = {"cpu_isa", "cpu_isas", "cuda_kernels"}
 
 CALLS = {
     "rmsnorm_fwd": [(X, W, 1e-6)],

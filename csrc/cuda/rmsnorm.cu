@@ -103,6 +103,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   });
 }
 
+// A vector of kN values has its sums in kQuads pieces of 16 bytes. Sums lie as [kQuads][D / kN] pieces,
+// in shared memory and in `partial`, so that neighbouring threads touch neighbouring pieces.
+template <class T, int kN>
+constexpr int kQuadsOf = kN * sizeof(Acc<T>) > 16 ? kN * sizeof(Acc<T>) / 16 : 1;
+
 // dx = rstd * (dy * weight - h * rstd^2 * mean(dy * weight * h)) + dh, and this block's part of
 // dweight = sum over rows of dy * h * rstd.
 //
@@ -184,20 +189,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
   if constexpr (kKeep > 0) {
     if (!partial) return;
-    // In shared memory the sums lie as [kQuads][D / kN] pieces of 16 bytes, so that the threads of
-    // a warp touch neighbouring pieces.
-    constexpr int kPiece = 16 / sizeof(A), kQuads = kN / kPiece;
+    constexpr int kPiece = 16 / sizeof(A), kQuads = kQuadsOf<T, kN>;
     auto* s_dw = reinterpret_cast<Vec<A, kPiece>*>(s_dynamic);
-    const int last = int(blockDim.y) - 1;
+    const int last = int(blockDim.y) - 1, vecs = D / kN;
     for (int group = 0; group <= last; group++) {
       if (threadIdx.y == group)
         for_each_vec<kN, kKeep>(D, [&](int v, int k) {
 #pragma unroll
           for (int q = 0; q < kQuads; q++) {
-            Vec<A, kPiece> sum = group ? s_dw[q * (D / kN) + v] : Vec<A, kPiece>{};
+            Vec<A, kPiece> sum = group ? s_dw[q * vecs + v] : Vec<A, kPiece>{};
             for (int e = 0; e < kPiece; e++) sum.at[e] += r_dw[k].at[q * kPiece + e];
-            if (group < last) s_dw[q * (D / kN) + v] = sum;
-            else store(sums + v * kN + q * kPiece, sum);
+            if (group < last) s_dw[q * vecs + v] = sum;
+            else store(sums + (q * vecs + v) * kPiece, sum);
           }
         });
       __syncthreads();  // the next group adds to what this one has stored
@@ -207,15 +210,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 constexpr int kColumns = 32, kSlices = 8;
 
-// dweight[j] = sum over the parts of partial[part][j], in a fixed order: slice s has every
-// kSlices-th part, then the slices are added in order.
+// dweight = sum over the parts of partial, in a fixed order: slice s has every kSlices-th part, then
+// the slices are added in order. Column j of partial belongs to an element that `quads` tells.
 //
 // Grid: ceil(D / kColumns) blocks. Block: kColumns x kSlices threads. Shared: one sum per thread.
 template <class W, class A>
 __global__ void __launch_bounds__(kColumns * kSlices)
     rmsnorm_bwd_dweight_kernel(W* __restrict__ dweight,        // (D)
                                const A* __restrict__ partial,  // (parts, D)
-                               int parts, int D) {
+                               int parts, int D, int quads) {
   __shared__ A s_sums[kSlices][kColumns];
   const int j = blockIdx.x * kColumns + threadIdx.x;
   A sum = 0;
@@ -227,7 +230,11 @@ __global__ void __launch_bounds__(kColumns * kSlices)
   __syncthreads();  // the first slice reads the sums of all
   if (threadIdx.y > 0 || j >= D) return;
   for (int slice = 1; slice < kSlices; slice++) sum += s_sums[slice][threadIdx.x];
-  dweight[j] = round_to<W>(sum);
+  constexpr int kPiece = 16 / sizeof(A);
+  const int vecs = D / (quads * kPiece), piece = j / kPiece;
+  const int element =
+      quads == 1 ? j : (piece % vecs * quads + piece / vecs) * kPiece + j % kPiece;
+  dweight[element] = round_to<W>(sum);
 }
 
 // The threads of a row of `vecs` vectors where each keeps up to `keep`: whole warps.
@@ -287,6 +294,7 @@ Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows 
           static_cast<const A*>(rstd), int(D), int(rows));
     };
     const int64_t vecs = D / kVec;
+    int quads = 1;
     if (D % kVec || !aligned(dx) || !aligned(partial) || !aligned(weight) ||
         !aligned<T>(dy, dy_rows) || !aligned<T>(dh, dh_rows) || !aligned<T>(h, h_rows)) {
       launch(rmsnorm_bwd_kernel<T, W, 1, 0>, row_threads(D, kKeep), 0);
@@ -297,11 +305,13 @@ Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows 
       const int groups = std::min(kMaxThreads / threads, kMaxGroups);
       launch(rmsnorm_bwd_kernel<T, W, kVec, kKeep>, dim3(threads, groups),
              groups > 1 ? D * sizeof(A) : 0);
+      quads = kQuadsOf<T, kVec>;
     }
     if (dweight)
       rmsnorm_bwd_dweight_kernel<W, A>
           <<<unsigned(ceil_div(D, kColumns)), dim3(kColumns, kSlices), 0, cudaStream_t(stream)>>>(
-              static_cast<W*>(dweight), static_cast<const A*>(partial), int(parts), int(D));
+              static_cast<W*>(dweight), static_cast<const A*>(partial), int(parts), int(D),
+              quads);
     return launch_status();
   });
 }

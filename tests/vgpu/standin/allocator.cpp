@@ -19,6 +19,7 @@ namespace vgpu {
 namespace {
 
 constexpr size_t kWord = 8;
+constexpr size_t kHuge = size_t{1} << 30;  // not filled: its pages are not to exist until touched
 
 struct Block {
   size_t bytes = 0;
@@ -61,12 +62,14 @@ void* allocate(size_t bytes) {
   if (bytes == 0) return nullptr;
   void* data = nullptr;
   if (posix_memalign(&data, 64, bytes)) return nullptr;
-  for (size_t at = 0; at < bytes; at += kWord) {
+  for (size_t at = 0; at < bytes && bytes < kHuge; at += kWord) {
     const uint64_t word = poison(at / kWord);
     std::memcpy(static_cast<char*>(data) + at, &word, std::min(kWord, bytes - at));
   }
   const std::lock_guard guard(lock);
-  blocks()[static_cast<char*>(data)].bytes = bytes;
+  Block& b = blocks()[static_cast<char*>(data)];
+  b.bytes = bytes;
+  b.written = bytes >= kHuge;
   return data;
 }
 

@@ -1,0 +1,154 @@
+"""What is particular to the CUDA kernels of rmsnorm: the traffic they cause and the machine code they
+become, on the virtual A100; long, odd, misaligned and far-apart rows, on any backend."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama_ext as lx
+from harness import DTYPES, check_op, randn
+
+ROWS, WIDTH = 432, 4096  # 4096 x 4096 with fewer rows: 4 for each block of the backward
+
+
+@pytest.fixture
+def vgpu(pytestconfig):
+    if pytestconfig.getoption("backend") != "vgpu":
+        pytest.skip("counts what the virtual A100 does")
+    import vgpu.library
+
+    vgpu.library.take_log()
+    return vgpu.library
+
+
+def traffic(log, ideal_bytes):
+    """Ratios to the ideal: bytes to and from memory, sectors per request, shared wavefronts."""
+    def total(*keys):
+        return sum(launch[key] for launch in log for key in keys)
+    return (total("global_unique_bytes_read", "global_unique_bytes_written") / ideal_bytes,
+            total("global_load_sectors", "global_store_sectors")
+            / total("global_load_sectors_ideal", "global_store_sectors_ideal"),
+            total("shared_wavefronts") / total("shared_wavefronts_ideal"),
+            total("global_load_bytes", "global_store_bytes") / ideal_bytes)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_traffic_against_the_ideal(vgpu, summary, residual):
+    x, r, w, dy, dh = (randn(*shape, dtype=torch.bfloat16).requires_grad_(i < 3)
+                       for i, shape in enumerate([(ROWS, WIDTH)] * 2 + [(WIDTH,)]
+                                                 + [(ROWS, WIDTH)] * 2))
+    if residual:
+        y, h = lx.rmsnorm_residual(x, r, w)
+    else:
+        y = lx.rmsnorm(x, w)
+    forward = vgpu.take_log()
+    torch.autograd.backward((y, h) if residual else y, (dy, dh) if residual else dy)
+    backward = [launch for launch in vgpu.take_log() if "rmsnorm_bwd" in launch["kernel"]]
+    assert len(forward) == 1 and len(backward) == 2
+
+    tensor, small = ROWS * WIDTH * 2, ROWS * 4 + WIDTH * 2  # one (ROWS, WIDTH); rstd and a weight
+    # Full size spreads the fixed cost of the parts' sums over 4096 rows.
+    parts, share = 108 * WIDTH * 4 * 2, ROWS / 4096
+    rows = [("forward", traffic(forward, (4 if residual else 2) * tensor + small), 1.01)]
+    ratios = list(traffic(backward, (4 if residual else 3) * tensor + small + WIDTH * 2))
+    ideal = (4 if residual else 3) * tensor + small + WIDTH * 2
+    ratios[0] -= parts * (1 - share) / ideal
+    rows.append(("backward", ratios, 1.05))
+    for name, (size, sectors, wavefronts, requested), limit in rows:
+        summary.append(f"rmsnorm{'_residual' if residual else ''} {name}, 4096 x 4096 bf16, over the "
+                       f"ideal: bytes {size:.3f} sectors {sectors:.3f} shared wavefronts "
+                       f"{wavefronts:.3f}; bytes asked of L1 {requested:.3f}")
+        assert size <= limit and sectors <= 1.02 and wavefronts <= 1.01
+
+
+def test_machine_code_moves_16_bytes_and_spills_nothing(vgpu, summary):
+    binaries = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    tool = shutil.which("cuobjdump") or str(binaries / "cuobjdump")
+    objects = vgpu.kernel_object(vgpu.CSRC / "cuda" / "rmsnorm.cu")
+    usage = subprocess.run([tool, "-res-usage", str(objects)], capture_output=True, text=True,
+                           check=True)
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)",
+                       usage.stdout + usage.stderr)
+    assert len(found) >= 40
+    for name, _, stack, local in found:
+        assert (stack, local) == ("0", "0"), name
+    sass = subprocess.run([tool, "-sass", "-arch", "sm_80", str(objects)], capture_output=True,
+                          text=True, check=True).stdout
+    kernels = re.split(r"Function : ", sass)[1:]
+    for kernel in kernels:
+        name = kernel.split()[0]
+        assert "STL" not in kernel and "LDL" not in kernel, name
+        if re.search(r"rmsnorm_(fwd|bwd)_kernelI\S*Li[248]E", name):
+            assert "LDG.E.128" in kernel and "STG.E.128" in kernel, name
+    summary.append(f"rmsnorm.cu for sm_80: {len(found)} kernels, at most "
+                   f"{max(int(f[1]) for f in found)} registers, no spill, no local memory")
+
+
+# Rows by the paths a kernel takes: one vector; a warp's full and over-full; two blocks' worth; the
+# longest kept forward and backward; the first that are read twice.
+@pytest.mark.parametrize("width", [1, 8, 32, 504, 1000, 1024, 1032, 2056, 16384, 16392, 32776, 65536])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_widths(width, dtype):
+    rows = 5 if width < 16384 else 2
+    x, r = (randn(rows, width, dtype=dtype) for _ in range(2))
+    w = randn(width, dtype=dtype)
+    check_op(lx.rmsnorm_residual, lx.ref.rmsnorm_residual, x, r, w, dtype=dtype)
+    check_op(lx.rmsnorm, lx.ref.rmsnorm, x, w, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_rows_than_parts_and_groups(dtype):
+    """More than 108 parts of 4 rows; several groups of rows in a block, and rows left over."""
+    x, r = (randn(499, 80, dtype=dtype) for _ in range(2))
+    check_op(lx.rmsnorm_residual, lx.ref.rmsnorm_residual, x, r, randn(80, dtype=dtype),
+             dtype=dtype)
+
+
+def shifted(x):
+    """x with the same values, one element past an aligned address."""
+    flat = torch.empty(x.numel() + 1, dtype=x.dtype)
+    flat[1:].copy_(x.flatten())
+    return flat[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("which", ["x", "residual", "weight", "cotangent"])
+def test_one_misaligned_operand(which, dtype):
+    x, r, w = (randn(*shape, dtype=dtype) for shape in ((6, 64), (6, 64), (64,)))
+    x, r, w = (shifted(t) if which == name else t
+               for name, t in (("x", x), ("residual", r), ("weight", w)))
+    layout = shifted if which == "cotangent" else (lambda t: t)
+    check_op(lx.rmsnorm_residual, lx.ref.rmsnorm_residual, x, r, w, dtype=dtype,
+             cotangent_layout=layout)
+    check_op(lx.rmsnorm, lx.ref.rmsnorm, x, w, dtype=dtype, cotangent_layout=layout)
+
+
+def test_rows_of_three_unfoldable_dimensions():
+    """Strides that do not fold, each of its own, with sizes that are no powers of two."""
+    def cut(t):
+        padded = torch.nn.functional.pad(t, (0, 8, 0, 2, 0, 1), value=float("nan"))
+        return padded[:, :t.shape[1], :t.shape[2], :t.shape[3]]
+    for rows in [(3, 5, 3, 16), (2, 3, 7, 32)]:
+        x, r, w = (randn(*shape) for shape in (rows, rows, rows[-1:]))
+        check_op(lx.rmsnorm_residual, lx.ref.rmsnorm_residual, cut(x), cut(r), w,
+                 dtype=torch.float32, cotangent_layout=cut)
+
+
+def test_the_least_multiple_of_eps_counts():
+    """Inputs so small that eps is most of the mean square."""
+    check_op(lx.rmsnorm, lx.ref.rmsnorm, randn(5, 72, scale=1e-4), randn(72), dtype=torch.float32,
+             eps=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_that_begin_beyond_2_to_the_31_elements(dtype):
+    """Two rows 2^31 + 64 elements apart, in memory of which only the touched pages exist."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    gap, width = 2 ** 31 + 64, 64
+    x = torch.empty(gap + width, dtype=dtype).as_strided((2, width), (gap, 1))
+    x.copy_(randn(2, width, dtype=dtype))
+    check_op(lx.rmsnorm, lx.ref.rmsnorm, x, randn(width, dtype=dtype), dtype=dtype)
