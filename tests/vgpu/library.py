@@ -14,7 +14,11 @@ import torch
 from . import build
 
 STANDIN = build.HERE / "standin"
-CSRC = Path(os.environ.get("VGPU_CSRC", build.HERE.parent.parent / "csrc"))
+# mutate.py has kernels of its own: a changed copy of csrc/, compiled to PTX alone and kept beside it.
+MUTANT = os.environ.get("VGPU_MUTANT")
+CSRC = Path(MUTANT or build.HERE.parent.parent / "csrc")
+FOLDER = CSRC.parent / "build" / "vgpu"
+CODE = "compute_80" if MUTANT else "[sm_80,compute_80]"
 
 
 def _load_nvcc():
@@ -34,14 +38,14 @@ def _run(command):
     return done.stdout
 
 
-def _cached(suffix, command, inputs):
+def _cached(suffix, command, inputs, folder=FOLDER):
     """The file that command(output) makes of the inputs, made once for their content."""
     digest = hashlib.sha256(" ".join(map(str, command("OUT"))).encode())
     for path in inputs:
         digest.update(path.name.encode() + path.read_bytes())
-    output = build.FOLDER / f"{digest.hexdigest()[:24]}{suffix}"
+    output = folder / f"{digest.hexdigest()[:24]}{suffix}"
     if not output.exists():
-        build.FOLDER.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         part = output.with_name(f"{os.getpid()}-{output.name}")
         _run(command(part))
         part.rename(output)
@@ -55,7 +59,7 @@ def kernel_object(source):
     headers = [CSRC / "api.h", *sorted((CSRC / "cuda").glob("*.cuh"))]
     return _cached(".cu.o", lambda out: [
         *nvcc.find(), *nvcc.FLAGS, *nvcc.compress_none(),
-        "-gencode=arch=compute_80,code=[sm_80,compute_80]", "-c", str(source), "-o", str(out)],
+        f"-gencode=arch=compute_80,code={CODE}", "-c", str(source), "-o", str(out)],
         [source, *headers])
 
 
@@ -68,7 +72,7 @@ def library():
     objects = [kernel_object(CSRC / "cuda" / source.name) for source in nvcc.SOURCES]
     for source in sorted(STANDIN.glob("*.cpp")):
         objects.append(_cached(".o", lambda out: [*flags, "-c", str(source), "-o", str(out)],
-                               [source, *headers]))
+                               [source, *headers], build.FOLDER))
     engine = build.library()
     return _cached(".so", lambda out: [
         *build.compiler(), "-shared", "-pthread", *map(str, objects), str(engine), "-o", str(out),

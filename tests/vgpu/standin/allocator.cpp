@@ -1,5 +1,5 @@
 // Host code writes tensors without telling anybody, so that what it wrote is found by what it did not:
-// fresh memory is filled with poison, 8-byte words that depend on their place. A word that still
+// fresh memory is filled with poison, 4-byte words that depend on their place. A word that still
 // holds its poison at a launch is uninitialised. What kernels write the engine knows, byte by byte.
 //
 // Poison is a NaN in every dtype: every 16 bits of it are one in bf16 and fp16, and so the upper
@@ -18,7 +18,7 @@
 namespace vgpu {
 namespace {
 
-constexpr size_t kWord = 8;
+constexpr size_t kWord = 4;
 constexpr size_t kHuge = size_t{1} << 30;  // not filled: its pages are not to exist until touched
 
 struct Block {
@@ -33,11 +33,10 @@ std::map<char*, Block>& blocks() {
   return *all;
 }
 
-uint64_t poison(size_t word) {
-  uint64_t bits = (word + 1) * 0x9e3779b97f4a7c15ull;
-  bits ^= bits >> 29;
-  bits &= 0x803f803f803f803full;      // sign and low mantissa bits vary: not the NaN of any library
-  return bits | 0x7f807f807f807f80ull | 0x0001000100010001ull;
+uint32_t poison(size_t word) {
+  uint32_t bits = uint32_t(word + 1) * 0x9e3779b1u;
+  bits ^= bits >> 15;
+  return (bits & 0x803f803fu) | 0x7f817f81u;  // never a NaN that libraries write: bit 6 is 0
 }
 
 // Brings the marks up to what the host has written since the latest launch: of a word that does not
@@ -47,9 +46,9 @@ void look_for_writes(const char* data, Block& b) {
   b.written = true;
   for (size_t at = 0; at < b.bytes; at += kWord) {
     const size_t n = std::min(kWord, b.bytes - at);
-    const uint64_t word = poison(at / kWord);
+    const uint32_t word = poison(at / kWord);
     const char* expected = reinterpret_cast<const char*>(&word);
-    bool by_host = n < 4;  // too little to tell poison from a value
+    bool by_host = n < kWord;  // too little to tell poison from a value
     for (size_t i = 0; i < n; i++) by_host |= !b.marks[at + i] && data[at + i] != expected[i];
     if (by_host) std::memset(&b.marks[at], 1, n);
     for (size_t i = 0; i < n; i++) b.written &= b.marks[at + i] != 0;
@@ -63,7 +62,7 @@ void* allocate(size_t bytes) {
   void* data = nullptr;
   if (posix_memalign(&data, 64, bytes)) return nullptr;
   for (size_t at = 0; at < bytes && bytes < kHuge; at += kWord) {
-    const uint64_t word = poison(at / kWord);
+    const uint32_t word = poison(at / kWord);
     std::memcpy(static_cast<char*>(data) + at, &word, std::min(kWord, bytes - at));
   }
   const std::lock_guard guard(lock);

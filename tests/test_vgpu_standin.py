@@ -1,0 +1,83 @@
+"""The CUDA library on the virtual A100: how its faults, its memory and its gaps reach Python."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def run(tmp_path, script):
+    """What a script prints when run with python -m vgpu."""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    done = subprocess.run([sys.executable, "-m", "vgpu", "run", str(path), "argument"],
+                          cwd=TESTS, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(TESTS.parent)})
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_script_runs_on_it(tmp_path):
+    done = run(tmp_path, "import sys, torch, llama_ext as lx\n"
+                         "print(sys.argv[1:], lx.info()['cpu']['isa'],\n"
+                         "      lx.rmsnorm(torch.full((2, 8), 3.0), torch.ones(8)).tolist()[1][7])")
+    argument, kernels, *_, value = done.stdout.split()
+    assert (argument, kernels) == ("['argument']", "CUDA") and abs(float(value) - 1) < 1e-6
+    assert "rmsnorm_fwd_kernel" in done.stderr and "warp instructions" in done.stderr
+
+
+SETUP = """
+import torch, llama_ext as lx
+def sentence(f, *args):
+    try:
+        f(*args)
+    except RuntimeError as e:
+        return str(e)
+    return "no error"
+w = torch.ones(64)
+"""
+
+
+def test_memory_is_known_to_the_byte(tmp_path):
+    done = run(tmp_path, SETUP + """
+print(sentence(lx.rmsnorm, torch.empty(2, 64), w))
+x = torch.empty(2, 64)
+x[:, :63] = 1; x[0, 63] = 1
+print(sentence(lx.rmsnorm, x, w))
+x[1, 63] = 1
+print(sentence(lx.rmsnorm, x, w))
+print(sentence(lx.rmsnorm, torch.zeros(127)[:64].as_strided((2, 64), (63, 1)), w))
+import numpy as np
+print(sentence(lx.rmsnorm, torch.from_numpy(np.ones((2, 64), np.float32)), w))
+""").stdout.splitlines()
+    assert "reads uninitialised global memory" in done[0]
+    assert "thread (15, 1, 0)" in done[1] and "reads uninitialised global memory" in done[1]
+    assert done[2:4] == ["no error"] * 2
+    assert "out of bounds" in done[4]  # not torch's own memory: the kernel may not touch it
+    assert done[0].startswith("rmsnorm: CUDA 800 failed to launch: kernel ")
+
+
+@pytest.mark.parametrize("source, expected", [
+    ("", "llama_ext: CUDA kernels: expected the library"),
+    ("int x;", "llama_ext: CUDA kernels: expected lx_cuda_kernels in"),
+    ("const int* lx_cuda_kernels(void) { static int version = 99; return &version; }",
+     "llama_ext: CUDA kernels: expected version .* got 99; build both libraries together"),
+    ('#include "api.h"\nconst Kernels* lx_cuda_kernels(void) {\n'
+     '  static const Kernels k = {.version = kApiVersion, .name = "CUDA"}; return &k; }',
+     "rmsnorm: CUDA has no kernel for this op yet"),
+])
+def test_a_library_that_does_not_fit_is_one_sentence(tmp_path, source, expected):
+    library = tmp_path / "library.so"
+    if source:
+        (tmp_path / "library.c").write_text(source)
+        subprocess.run(["cc", "-shared", "-fPIC", f"-I{TESTS.parent / 'csrc'}",
+                        str(tmp_path / "library.c"), "-o", str(library)], check=True)
+    done = subprocess.run([sys.executable, "-c", SETUP + "print(sentence(lx.rmsnorm, w, w))"],
+                          capture_output=True, text=True, cwd=TESTS.parent,
+                          env=os.environ | {"LLAMA_EXT_CPU_TENSORS_TO": str(library)})
+    assert re.match(expected, done.stdout) and done.stdout.count("\n") == 1, done
