@@ -23,7 +23,7 @@ from setuptools.errors import CompileError, PlatformError
 sys.path.append("csrc/cuda")
 import nvcc  # noqa: E402
 
-CUDA_LIBRARY = "llama_ext.libllama_ext_cuda"
+NAMES = ["llama_ext._C", "llama_ext.libllama_ext_cuda"]
 OLDEST_TORCH = (2, 10)
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = AVX2 + ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -50,17 +50,16 @@ class BuildExt(build_ext):
     def build_extension(self, ext):
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        if ext.name == CUDA_LIBRARY:  # after _C, which compiles for both
-            objects = sorted(Path(self.build_temp).glob("*.cu.o"))
+        if ext.name == NAMES[1]:  # after _C, which compiles for both
+            objects = [f"{self.build_temp}/{source.name}.o" for source in nvcc.SOURCES]
             return self.call(nvcc.link_command(objects, target))
         found = find_torch()
         if found is None or tuple(map(int, found[1].split(".")[:2])) < OLDEST_TORCH:
             raise PlatformError("llama_ext: torch: expected 2.10 or newer, got "
                                 f"{found[1] if found else 'none'}")
-        torch = found[0]
-        compiler = os.environ.get("CXX", "g++")
+        torch, compiler = found[0], os.environ.get("CXX", "g++")
         if shutil.which(compiler.split()[0]) is None:
-            raise PlatformError(f"llama_ext: compiler: expected a C++20 compiler such as g++ 11 or "
+            raise PlatformError("llama_ext: compiler: expected a C++20 compiler such as g++ 11 or "
                                 f"newer in CXX or on PATH, got {compiler}, which is not found")
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
@@ -77,6 +76,9 @@ class BuildExt(build_ext):
             list(pool.map(self.call, commands))
         self.call([*compiler.split(), "-shared", *[str(job[1]) for job in jobs], "-o", target,
                    f"-L{torch}/lib", "-ltorch_cpu", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs"])
+        if not nvcc.find():
+            print(f"llama_ext: {nvcc.ABSENT}", file=sys.stderr)
+
     def call(self, command):
         begin = time.monotonic()
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
@@ -92,9 +94,6 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-names = ["llama_ext._C"] + ([CUDA_LIBRARY] if nvcc.find() else [])
-if not nvcc.find():
-    print(f"llama_ext: {nvcc.ABSENT}", file=sys.stderr)
-setup(ext_modules=[Extension(name, sources=[]) for name in names],
+setup(ext_modules=[Extension(name, sources=[]) for name in NAMES[:2 if nvcc.find() else 1]],
       cmdclass={"build_ext": BuildExt, "bdist_wheel": Wheel},
       setup_requires=[] if find_torch() else ["torch>=2.10"])

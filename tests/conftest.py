@@ -6,8 +6,8 @@ import llama_ext
 
 def pytest_addoption(parser):
     parser.addoption("--backend", choices=["cpu", "vgpu", "cuda"], default="cpu",
-                     help="what runs the ops: the CPU kernels; the CUDA kernels on the virtual A100 "
-                          "(tests/vgpu); the CUDA kernels on a GPU")
+                     help="what runs the ops: the CPU kernels; the CUDA kernels on the virtual "
+                          "A100 (tests/vgpu); the CUDA kernels on a GPU")
 
 
 def pytest_configure(config):
@@ -60,7 +60,8 @@ def seeded_and_nan_filled(pytestconfig):
     kernel leaves unwritten, or adds to, shows. (vgpu fills with NaNs of its own, to know them.)"""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = pytestconfig.getoption("backend") != "vgpu"
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        pytestconfig.getoption("backend") != "vgpu")
     yield
     torch.use_deterministic_algorithms(False)
 

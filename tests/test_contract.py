@@ -48,7 +48,7 @@ def leaves(op, args, frozen=()):
 
 def total(outputs, seed=1):
     """A scalar with a random, non-uniform gradient."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return sum((o.double() * torch.randn(o.shape, generator=generator, dtype=torch.float64)).sum()
                for o in outputs)
@@ -79,7 +79,7 @@ def test_compiles_to_one_graph(op, dynamic):
 @every_op
 def test_autocast(op):
     fn, args = getattr(lx, op), leaves(op, INPUTS[op](torch.float32))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = fn(*args)
     out = out if isinstance(out, tuple) else (out,)
     lowered = op == "attention"
@@ -96,7 +96,7 @@ def test_autocast_takes_mixed_dtypes(op):
     args = list(INPUTS[op](torch.float32))
     args[0] = args[0].bfloat16()
     args = leaves(op, args)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         total(getattr(lx, op)(*args)).backward()
     assert all(a.grad.dtype == a.dtype for a in args if a.requires_grad)
 

@@ -1,5 +1,5 @@
-"""What is particular to the CUDA kernels of rmsnorm: the traffic they cause and the machine code they
-become, on the virtual A100; long, odd, misaligned and far-apart rows, on any backend."""
+"""What is particular to the CUDA kernels of rmsnorm: their traffic and machine code, on the virtual
+A100; long, odd, misaligned and far-apart rows, on any backend."""
 
 import re
 import shutil

@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   });
 }
 
-// A vector of kN values has its sums in kQuads pieces of 16 bytes. Sums lie as [kQuads][D / kN] pieces,
-// in shared memory and in `partial`, so that neighbouring threads touch neighbouring pieces.
+// A vector of kN values has its sums in kQuads pieces of 16 bytes. Sums lie as [kQuads][D / kN]
+// pieces, in shared memory and in `partial`: neighbouring threads touch neighbouring pieces.
 template <class T, int kN>
 constexpr int kQuadsOf = kN * sizeof(Acc<T>) > 16 ? kN * sizeof(Acc<T>) / 16 : 1;
 
@@ -118,8 +118,8 @@ constexpr int kQuadsOf = kN * sizeof(Acc<T>) > 16 ? kN * sizeof(Acc<T>) / 16 : 1
 // then partial[p] itself is the sum. Dynamic shared memory: D sums where there are several groups.
 //
 // Loads in flight: one block of up to 1024 threads per SM (64 registers); each asks for kKeep = 2
-// vectors of dy and of h before it uses the first: 64 KB per SM at D = 4096 bf16. Groups wait for each other only at the end, so that some
-// load while others compute.
+// vectors of dy and of h before it uses the first: 64 KB per SM at D = 4096 bf16. Groups wait for
+// each other only at the end, so that some load while others compute.
 template <class T, class W, int kN, int kKeep>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     rmsnorm_bwd_kernel(T* __restrict__ dx,              // (rows, D)
@@ -210,8 +210,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 constexpr int kColumns = 32, kSlices = 8;
 
-// dweight = sum over the parts of partial, in a fixed order: slice s has every kSlices-th part, then
-// the slices are added in order. Column j of partial belongs to an element that `quads` tells.
+// dweight = sum over the parts of partial, in a fixed order: slice s has every kSlices-th part, and
+// the slices are added in order. `quads` tells the element to which column j of partial belongs.
 //
 // Grid: ceil(D / kColumns) blocks. Block: kColumns x kSlices threads. Shared: one sum per thread.
 template <class W, class A>

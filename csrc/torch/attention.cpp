@@ -93,8 +93,7 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double sc
   const Inputs in(q, k, v, scale, causal, window, cu_q, cu_k);
   Tensor o = new_like(q), lse = in.new_lse();
   if (lse.numel())
-    backend.run(&Kernels::attention_fwd, o.mutable_data_ptr(), lse.mutable_data_ptr(),
-                &in.a);
+    backend.run(&Kernels::attention_fwd, o.mutable_data_ptr(), lse.mutable_data_ptr(), &in.a);
   return {o, lse};
 }
 

@@ -1,7 +1,7 @@
 // Which table of kernels serves a tensor, and where its work runs.
 //
-// LLAMA_EXT_CPU_TENSORS_TO names a library with a CUDA table that is to serve CPU tensors: the tests'
-// virtual A100 (tests/vgpu).
+// LLAMA_EXT_CPU_TENSORS_TO names a library with a CUDA table that is to serve CPU tensors: the
+// tests' virtual A100 (tests/vgpu).
 #include <dlfcn.h>
 
 #include <cstdlib>
@@ -89,7 +89,7 @@ Stream current_stream(int32_t device) {
   static const auto shim = [] {
     void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     void* symbol = torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;
-    check(symbol, "llama_ext: CUDA tensor: expected a CUDA build of torch, got one without streams");
+    check(symbol, "llama_ext: CUDA tensor: expected a CUDA build of torch, got one without");
     return reinterpret_cast<Shim>(symbol);
   }();
   void* stream;
@@ -128,7 +128,8 @@ Backend kernels_for(const char* op, const char* arg, const Tensor& t) {
   }
   check(t.is_cuda(), op, ": ", arg, ": expected a CPU or CUDA tensor, got one on another device");
   const int32_t device = t.get_device_index();
-  return {op, cuda_table(), current_stream(device), torch::stable::accelerator::DeviceGuard(device)};
+  return {op, cuda_table(), current_stream(device),
+          torch::stable::accelerator::DeviceGuard(device)};
 }
 
 // The name of the table for CPU tensors, after switching to that of an instruction set; "" switches

@@ -34,8 +34,8 @@ template <class... Parts> void check(bool ok, const Parts&... parts) {
 std::string shape_text(const Tensor& t);  // "(2, 3)"
 const char* dtype_text(ScalarType dtype);  // "bfloat16"
 
-// The kernels that serve a tensor, and where their work goes. While it lives, the tensor's GPU is the
-// current one.
+// The kernels that serve a tensor, and where their work goes. While it lives, the tensor's GPU is
+// the current one.
 struct Backend {
   const char* op;
   const Kernels* kernels;

@@ -45,8 +45,8 @@ void backward(Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const 
         dtype_text(lse.scalar_type()));
   if (dlogits.numel())
     backend.run(&Kernels::cross_entropy_bwd, dlogits.mutable_data_ptr(), z.data(),
-                z.rows, target_data(t), lse.const_data_ptr(), dloss.const_data_ptr(), dloss.numel()
-                == 1 ? 0 : 1, z.width, ignore_index, dtype);
+                z.rows, target_data(t), lse.const_data_ptr(), dloss.const_data_ptr(),
+                dloss.numel() == 1 ? 0 : 1, z.width, ignore_index, dtype);
 }
 
 }  // namespace

@@ -24,10 +24,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& x, cons
   Tensor y = new_like(x), rstd = new_tensor(leading(x), acc_dtype(x), x);
   Tensor h = residual ? new_like(x) : none(x);
   if (in.count)
-    backend.run(&Kernels::rmsnorm_fwd, y.mutable_data_ptr(), residual ?
-                h.mutable_data_ptr() : nullptr, rstd.mutable_data_ptr(), in.data(), in.rows,
-                residual ? added.data() : nullptr, added.rows, w.const_data_ptr(), in.width, eps,
-                dtype, weight_dtype);
+    backend.run(&Kernels::rmsnorm_fwd, y.mutable_data_ptr(),
+                residual ? h.mutable_data_ptr() : nullptr, rstd.mutable_data_ptr(), in.data(),
+                in.rows, residual ? added.data() : nullptr, added.rows, w.const_data_ptr(),
+                in.width, eps, dtype, weight_dtype);
   return {y, h, rstd};
 }
 
@@ -51,11 +51,13 @@ std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& dy, const Tens
   }
   Tensor partial = none(rstd);
   if (need_dweight)
-    partial = new_tensor({backend.get(&Kernels::rmsnorm_bwd_parts)(in.count), in.width}, acc_dtype(h), h);
-  backend.run(&Kernels::rmsnorm_bwd, dx.mutable_data_ptr(), need_dweight ?
-              dweight.mutable_data_ptr() : nullptr, need_dweight ? partial.mutable_data_ptr() :
-              nullptr, grad.data(), grad.rows, dh ? grad_h.data() : nullptr, grad_h.rows, in.data(),
-              in.rows, w.const_data_ptr(), rstd.const_data_ptr(), in.width, dtype, weight_dtype);
+    partial = new_tensor({backend.get(&Kernels::rmsnorm_bwd_parts)(in.count), in.width},
+                         acc_dtype(h), h);
+  backend.run(&Kernels::rmsnorm_bwd, dx.mutable_data_ptr(),
+              need_dweight ? dweight.mutable_data_ptr() : nullptr,
+              need_dweight ? partial.mutable_data_ptr() : nullptr, grad.data(), grad.rows,
+              dh ? grad_h.data() : nullptr, grad_h.rows, in.data(), in.rows, w.const_data_ptr(),
+              rstd.const_data_ptr(), in.width, dtype, weight_dtype);
   return {dx, dweight};
 }
 

@@ -86,6 +86,7 @@ void append_log(const vgpu::Stats& stats, const std::string& name, Dim3 grid, Di
 int launch(const void* stub, Dim3 grid, Dim3 block, void** args, size_t shared) {
   Runtime& r = runtime();
   const std::lock_guard guard(r.lock);
+  if (last_error) return last_error;  // nothing runs on what a failed kernel left
   const auto found = r.kernels.find(stub);
   if (found == r.kernels.end()) return failed("a launch of a kernel that was never registered");
   const Kernel& kernel = found->second;
