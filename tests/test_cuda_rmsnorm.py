@@ -59,8 +59,8 @@ def test_traffic_against_the_ideal(vgpu, summary, residual):
     ratios[0] -= parts * (1 - share) / ideal
     rows.append(("backward", ratios, 1.05))
     for name, (size, sectors, wavefronts, requested), limit in rows:
-        summary.append(f"rmsnorm{'_residual' if residual else ''} {name}, 4096 x 4096 bf16, over the "
-                       f"ideal: bytes {size:.3f} sectors {sectors:.3f} shared wavefronts "
+        summary.append(f"rmsnorm{'_residual' if residual else ''} {name}, 4096 x 4096 bf16, over "
+                       f"the ideal: bytes {size:.3f} sectors {sectors:.3f} shared wavefronts "
                        f"{wavefronts:.3f}; bytes asked of L1 {requested:.3f}")
         assert size <= limit and sectors <= 1.02 and wavefronts <= 1.01
 
@@ -90,7 +90,8 @@ def test_machine_code_moves_16_bytes_and_spills_nothing(vgpu, summary):
 
 # Rows by the paths a kernel takes: one vector; a warp's full and over-full; two blocks' worth; the
 # longest kept forward and backward; the first that are read twice.
-@pytest.mark.parametrize("width", [1, 8, 32, 504, 1000, 1024, 1032, 2056, 16384, 16392, 32776, 65536])
+@pytest.mark.parametrize("width", [1, 8, 32, 504, 1000, 1024, 1032, 2056, 16384, 16392, 32776,
+                                   65536])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_widths(width, dtype):
     rows = 5 if width < 16384 else 2

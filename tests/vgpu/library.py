@@ -14,7 +14,7 @@ import torch
 from . import build
 
 STANDIN = build.HERE / "standin"
-# mutate.py has kernels of its own: a changed copy of csrc/, compiled to PTX alone and kept beside it.
+# mutate.py has kernels of its own: a changed copy of csrc/, compiled to PTX alone, kept beside it.
 MUTANT = os.environ.get("VGPU_MUTANT")
 CSRC = Path(MUTANT or build.HERE.parent.parent / "csrc")
 FOLDER = CSRC.parent / "build" / "vgpu"
@@ -67,7 +67,7 @@ def library():
     """The path of the library."""
     site = Path(torch.__file__).parent
     flags = [*build.compiler(), *build.FLAGS, f"-I{build.HERE / 'csrc'}", "-isystem",
-             str(site / "include"), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+             str(site / "include")]
     headers = [*sorted(STANDIN.glob("*.h")), build.HERE / "csrc" / "engine.h"]
     objects = [kernel_object(CSRC / "cuda" / source.name) for source in nvcc.SOURCES]
     for source in sorted(STANDIN.glob("*.cpp")):

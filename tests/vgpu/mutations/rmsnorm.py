@@ -1,4 +1,4 @@
-"""Faults of rmsnorm.cu and what it includes: (name, file, text that occurs once, what replaces it)."""
+"""Faults of rmsnorm.cu and its headers: (name, file, text that occurs once, what replaces it)."""
 
 TESTS = ["tests/test_rmsnorm.py", "tests/test_cuda_rmsnorm.py", "-k", "not machine_code"]
 
@@ -57,7 +57,8 @@ FAULTS = [
     ("adds to a sum that was never begun", CU, "partial && i > begin", "partial && i >= begin"),
     ("no barrier between the groups' sums", CU,
      "      __syncthreads();  // the next group adds to what this one has stored\n", ""),
-    ("only the last group's sum", CU, "group ? s_dw[q * vecs + v] :", "false ? s_dw[q * vecs + v] :"),
+    ("only the last group's sum", CU, "group ? s_dw[q * vecs + v] :",
+     "false ? s_dw[q * vecs + v] :"),
     ("too little shared memory", CU, "groups > 1 ? D * sizeof(A)", "groups > 1 ? D * sizeof(T)"),
     # dweight
     ("no barrier before the slices are added", CU,
@@ -73,7 +74,8 @@ FAULTS = [
     ("odd widths taken for whole vectors", CU, "if (D % kVec || !aligned(y)", "if (!aligned(y)"),
     ("32-bit offset of a row", LAUNCH, "return p + i * r.stride[2];",
      "return p + int(i * r.stride[2]);"),
-    ("sizes of a row's place mixed up", LAUNCH, "k = i % n2, ij = i / n2", "k = i % n1, ij = i / n1"),
+    ("sizes of a row's place mixed up", LAUNCH, "k = i % n2, ij = i / n2",
+     "k = i % n1, ij = i / n1"),
     ("strides of a row's place mixed up", LAUNCH, "ij / n1 * r.stride[0] + ij % n1 * r.stride[1]",
      "ij / n1 * r.stride[1] + ij % n1 * r.stride[0]"),
 ]

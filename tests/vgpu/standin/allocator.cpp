@@ -1,6 +1,7 @@
-// Host code writes tensors without telling anybody, so that what it wrote is found by what it did not:
-// fresh memory is filled with poison, 4-byte words that depend on their place. A word that still
-// holds its poison at a launch is uninitialised. What kernels write the engine knows, byte by byte.
+// Host code writes tensors without telling anybody, so that what it wrote is found by what it did
+// not: fresh memory is filled with poison, 4-byte words that depend on their place. A word that
+// still holds its poison at a launch is uninitialised. What kernels write the engine knows, byte by
+// byte.
 //
 // Poison is a NaN in every dtype: every 16 bits of it are one in bf16 and fp16, and so the upper
 // bits of fp32 and fp64. An output that a kernel leaves unwritten therefore fails the tests, too.
@@ -19,7 +20,7 @@ namespace vgpu {
 namespace {
 
 constexpr size_t kWord = 4;
-constexpr size_t kHuge = size_t{1} << 30;  // not filled: its pages are not to exist until touched
+constexpr size_t kHuge = size_t{1} << 30;  // not filled: no page of it exists until touched
 
 struct Block {
   size_t bytes = 0;

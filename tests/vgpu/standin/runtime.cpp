@@ -1,8 +1,8 @@
-// A stand-in for the CUDA runtime: object files that nvcc made link against it instead of cudart, and
-// every launch runs on the virtual A100. It is part of the test library only (see ../library.py).
+// A stand-in for the CUDA runtime: object files that nvcc made link against it instead of cudart,
+// and every launch runs on the virtual A100. Part of the test library only (see ../library.py).
 //
-// A kernel may touch the allocations (allocator.h) that its arguments point into, nothing else. What
-// it does wrong comes back as the launch's error text.
+// A kernel may touch the allocations (allocator.h) that its arguments point into, nothing else.
+// What it does wrong comes back as the launch's error text.
 #include <cstring>
 #include <mutex>
 #include <utility>
@@ -19,7 +19,7 @@ struct Dim3 {
 struct Kernel {
   std::string name;
   vgpu::Module* module = nullptr;
-  size_t dynamic_shared_limit = 48 * 1024;
+  size_t dynamic_shared_limit = 0;  // 0: 48 KB together with static shared memory
 };
 
 struct LaunchConfig {
@@ -57,8 +57,8 @@ template <class T> T read(const char* at) {
   return value;
 }
 
-// The PTX texts in a fat binary: a header (its size at +6, that of what follows at +8), then entries
-// (kind at +0: 1 is PTX; size of the entry's header at +4, of its payload at +8).
+// The PTX texts in a fat binary: a header (its size at +6, that of what follows at +8), then
+// entries (kind at +0: 1 is PTX; size of the entry's header at +4, of its payload at +8).
 std::vector<std::string> ptx_texts(const char* fat) {
   std::vector<std::string> texts;
   const char* at = fat + read<uint16_t>(fat + 6);
@@ -75,10 +75,11 @@ std::vector<std::string> ptx_texts(const char* fat) {
 void append_log(const vgpu::Stats& stats, const std::string& name, Dim3 grid, Dim3 block) {
   std::string& log = runtime().log;
   const auto triple = [](Dim3 d) {
-    return "[" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + "]";
+    return "[" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
+           "]";
   };
-  log += (log.empty() ? "{" : ",\n{") + ("\"kernel\": \"" + name) + "\", \"grid\": " + triple(grid) +
-         ", \"block\": " + triple(block);
+  log += std::string(log.empty() ? "" : ",\n") + "{\"kernel\": \"" + name + "\", \"grid\": " +
+         triple(grid) + ", \"block\": " + triple(block);
   for (const auto& [key, n] : stats.counts) log += ", \"" + key + "\": " + std::to_string(n);
   log += ", \"seconds\": " + std::to_string(stats.seconds) + "}";
 }
@@ -90,7 +91,9 @@ int launch(const void* stub, Dim3 grid, Dim3 block, void** args, size_t shared) 
   const auto found = r.kernels.find(stub);
   if (found == r.kernels.end()) return failed("a launch of a kernel that was never registered");
   const Kernel& kernel = found->second;
-  if (shared > kernel.dynamic_shared_limit)
+  const size_t fixed = kernel.module->static_shared(kernel.name);
+  const size_t limit = kernel.dynamic_shared_limit ? kernel.dynamic_shared_limit : 48 * 1024 - fixed;
+  if (shared > limit)
     return failed("launch of " + kernel.name + ": " + std::to_string(shared) +
                   " bytes of dynamic shared memory, more than it was allowed with "
                   "cudaFuncSetAttribute");
