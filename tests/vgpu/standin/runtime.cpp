@@ -91,8 +91,8 @@ int launch(const void* stub, Dim3 grid, Dim3 block, void** args, size_t shared) 
   const auto found = r.kernels.find(stub);
   if (found == r.kernels.end()) return failed("a launch of a kernel that was never registered");
   const Kernel& kernel = found->second;
-  const size_t fixed = kernel.module->static_shared(kernel.name);
-  const size_t limit = kernel.dynamic_shared_limit ? kernel.dynamic_shared_limit : 48 * 1024 - fixed;
+  const size_t fixed = kernel.module->static_shared(kernel.name), usual = 48 * 1024 - fixed;
+  const size_t limit = kernel.dynamic_shared_limit ? kernel.dynamic_shared_limit : usual;
   if (shared > limit)
     return failed("launch of " + kernel.name + ": " + std::to_string(shared) +
                   " bytes of dynamic shared memory, more than it was allowed with "
