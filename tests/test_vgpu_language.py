@@ -120,5 +120,7 @@ def test_half_intrinsics(module):
 def test_what_a_driver_refuses(module, grid, block, shared, message):
     with pytest.raises(ValueError, match=message):
         module.launch("groups", grid, block, [np.zeros(64, np.int32)], shared)
+    with pytest.raises(ValueError, match="expected at most the 64 threads of its launch bounds"):
+        module.launch("bounded", 1, 96, [np.zeros(96, np.int32)])
     with pytest.raises(ValueError, match="expected 1 arguments, got 2"):
         module.launch("groups", 1, 64, [None, None])

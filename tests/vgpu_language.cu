@@ -101,6 +101,8 @@ KERNEL groups(int* y) {
   y[block.thread_rank()] = sum * 100 + other + (tile.any(lane == 3) ? 1 : 0);
 }
 
+KERNEL __launch_bounds__(64) bounded(int* y) { y[threadIdx.x] = 1; }
+
 KERNEL halves(__half2* y, __nv_bfloat162* z, const __half2* x, const __nv_bfloat162* w) {
   const int i = threadIdx.x;
   y[i] = __hfma2(x[i], x[i], __float2half2_rn(0.5f));

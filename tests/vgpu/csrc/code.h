@@ -56,7 +56,8 @@ struct Kernel {
   size_t local_bytes = 0;      // per thread
   int shared_granule = 4;      // log2 of the smallest access to that space, at most 16 bytes
   int global_granule = 4;
-  uint32_t max_threads = 0;    // .maxntid or .reqntid
+  uint32_t max_threads = 0;    // of the launch bounds, or 0
+  bool exact_threads = false;  // that many, no fewer
 };
 
 // 32-bit special registers, in this order from Kernel::special; %clock and the like are apart.

@@ -243,6 +243,7 @@ Kernel decode(const ptx::File& file, const ptx::Function& function, const Global
   Builder builder{file, function, globals};
   builder.kernel.name = function.name;
   builder.kernel.max_threads = function.max_threads;
+  builder.kernel.exact_threads = function.exact_threads;
   builder.lay_out();
   for (const ptx::Statement& s : function.statements) {
     Instr in;

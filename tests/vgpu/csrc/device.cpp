@@ -61,8 +61,10 @@ void check_launch(const Kernel& kernel, Dim grid, Dim block, size_t shared) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > kMaxBlockZ)
     refuse(kernel, "expected 1 to 1024 threads per block, got " + text(block));
-  if (kernel.max_threads && threads > kernel.max_threads)
-    refuse(kernel, "expected at most the " + std::to_string(kernel.max_threads) +
+  if (kernel.max_threads && (threads > kernel.max_threads ||
+                             (kernel.exact_threads && threads != kernel.max_threads)))
+    refuse(kernel, std::string("expected ") + (kernel.exact_threads ? "exactly" : "at most") +
+                       " the " + std::to_string(kernel.max_threads) +
                        " threads of its launch bounds, got " + std::to_string(threads));
   if (uint64_t(grid.x) * grid.y * grid.z == 0 || grid.x > 0x7fffffffu || grid.y > kMaxGridYZ ||
       grid.z > kMaxGridYZ)

@@ -168,6 +168,7 @@ class Parser {
     while (!is("{") && !is(";")) {
       const std::string directive = take().text;
       if (directive != ".maxntid" && directive != ".reqntid") continue;
+      function_.exact_threads = directive == ".reqntid";
       function_.max_threads = integer();
       while (accept(",")) function_.max_threads *= integer();
     }

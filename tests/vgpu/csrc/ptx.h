@@ -48,7 +48,8 @@ struct Function {
   std::map<std::string, std::vector<std::string>> tables;  // .branchtargets
   std::vector<int> scope_parent{-1};
   std::vector<Statement> statements;
-  uint32_t max_threads = 0;
+  uint32_t max_threads = 0;  // .maxntid or .reqntid
+  bool exact_threads = false;  // .reqntid
   int line = 0;
 };
 
