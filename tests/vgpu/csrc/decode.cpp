@@ -205,7 +205,7 @@ int64_t Decode::integer(size_t i) {
   return s.operands[i].value;
 }
 
-void Decode::address(size_t i) {
+void Decode::address(size_t i, Space space) {
   const ptx::Operand& o = s.operands.at(i);
   if (o.kind != ptx::Operand::kAddress) fail("expected an address");
   in.imm = o.value;
@@ -220,6 +220,8 @@ void Decode::address(size_t i) {
   if (o.name.empty()) return;
   const Builder::Symbol* named = symbol(o.name);
   if (!named) fail("unknown symbol " + o.name);
+  if (named->space != (space == Space::kGeneric ? Space::kGlobal : space))
+    fail(o.name + " is in another state space");
   in.imm += int64_t(named->address);
 }
 

@@ -68,7 +68,7 @@ struct Decode {
   const Builder::Symbol* symbol(const std::string& name);
   uint32_t label(const std::string& name);
   int64_t integer(size_t i);
-  void address(size_t i);  // fills a, imm, wide_address
+  void address(size_t i, Space space);  // fills a, imm, wide_address
   void covers(Space space, int bytes);  // an access: the race detector's granule
   uint32_t list(const std::vector<uint32_t>& operands);
 

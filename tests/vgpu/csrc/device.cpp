@@ -202,7 +202,7 @@ Stats Device::launch(const Module& module, const std::string& name, Dim grid, Di
     try {
       worker = std::make_unique<Worker>(launch);
       for (uint64_t i; !launch.stopped && (i = next++) < blocks;)
-        worker->run((i * stride + launch.seed) % blocks);
+        worker->run((i * stride + launch.seed % blocks) % blocks);
     } catch (...) {
       const std::lock_guard hold(error_lock);
       if (!error) error = std::current_exception();
