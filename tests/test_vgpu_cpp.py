@@ -1,4 +1,4 @@
-"""The engine from C++ alone, as a stand-in for the CUDA runtime uses it: the process has no Python."""
+"""The engine from C++ alone, as a stand-in for the CUDA runtime uses it: without Python."""
 
 import subprocess
 

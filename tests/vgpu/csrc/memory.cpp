@@ -1,3 +1,5 @@
+// Allocations by address. Shadows are mapped pages that cost nothing until they are touched, so
+// that a tensor of more than 2^31 elements can be registered too.
 #include "memory.h"
 
 #include <sys/mman.h>

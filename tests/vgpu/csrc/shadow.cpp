@@ -1,3 +1,4 @@
+// The checks, on vectors of stamps: a warp's access is a few comparisons unless something is wrong.
 #include "shadow.h"
 
 #include <cstring>
