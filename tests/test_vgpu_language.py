@@ -87,6 +87,25 @@ def test_control_and_memory(module):
         module.launch("local_array_too_far", 1, 64, [z, x])
 
 
+def test_device_functions(module):
+    table = np.random.default_rng(0).integers(0, 8, 64).astype(np.int32)
+    first, second = np.zeros(64, np.int64), np.zeros(64, np.float32)
+    module.launch("calls", 1, 64, [first, second, table])
+
+    def both(p, i):
+        a, b = p
+        return {0: (a + 5, b), 1: (a, b * b), 2: (a * 7, b), 3: (i, 0.5), 4: (a, b + 1),
+                5: (a - 3, b)}.get(int(table[i]), (a, -b ** 3))
+    for i in range(64):
+        p = (i, i * 0.25)
+        p = both(both(p, i) if i % 3 else p, 63 - i)
+        assert first[i] == p[0]
+        near(second[i], p[1], 1e-6)
+    x, y = X[:64].astype(np.float64), np.zeros(64)
+    module.launch("double_power", 1, 64, [y, x])
+    near(y, np.abs(x) ** 1.3, 1e-15)
+
+
 def test_constants_and_assert(module):
     y = np.zeros(64, np.float32)
     module.launch("constants", 1, 64, [y, 1.0])

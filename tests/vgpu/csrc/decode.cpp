@@ -70,11 +70,14 @@ void Builder::lay_out() {
     kernel.static_shared = dynamic_base;
     symbols[v->name] = {Space::kShared, dynamic_base};
   }
-  for (const ptx::Variable& v : function.variables) {
-    if (v.space != "local") continue;
-    kernel.local_bytes = align_up(kernel.local_bytes, v.align);
-    symbols[v.name] = {Space::kLocal, kernel.local_bytes};
-    kernel.local_bytes += v.bytes;
+  for (const bool of_call : {true, false}) {
+    for (const ptx::Variable& v : function.variables) {
+      if (v.space != "local" || (v.name.find('#') != std::string::npos) != of_call) continue;
+      kernel.local_bytes = align_up(kernel.local_bytes, v.align);
+      symbols[v.name] = {Space::kLocal, kernel.local_bytes};
+      kernel.local_bytes += v.bytes;
+    }
+    if (of_call) kernel.local_params = kernel.local_bytes;
   }
   for (const auto& [name, address] : globals) symbols[name] = {Space::kGlobal, address};
 }
@@ -198,6 +201,14 @@ uint32_t Decode::label(const std::string& name) {
     if (found != builder.function.labels.end()) return uint32_t(found->second);
   }
   fail("unknown label " + name);
+}
+
+const std::vector<std::string>& Decode::branch_table(const std::string& name) {
+  for (int scope = s.scope; scope >= 0; scope = builder.function.scope_parent[scope]) {
+    const auto found = builder.function.tables.find(ptx::in_scope(name, scope));
+    if (found != builder.function.tables.end()) return found->second;
+  }
+  fail("unknown branch table " + name);
 }
 
 int64_t Decode::integer(size_t i) {

@@ -41,8 +41,8 @@ struct Variable {
 
 struct Function {
   std::string name;
-  std::vector<Variable> params;
-  std::vector<Variable> variables;             // shared and local
+  std::vector<Variable> params, results;
+  std::vector<Variable> variables;             // shared, local, and .param of calls ("name#scope")
   std::map<std::string, Type> registers;       // "name" or "name#scope"
   std::map<std::string, int> labels;           // statement index
   std::map<std::string, std::vector<std::string>> tables;  // .branchtargets
