@@ -16,14 +16,23 @@ constexpr uint32_t kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 163 * 1024;
 constexpr uint32_t kMaxGridYZ = 65535, kMaxBlockZ = 64;
 
+// A device's memory, which its modules keep alive. The lock is for the list of allocations, which
+// a launch holds throughout: one launch at a time.
+struct LockedMemory {
+  std::mutex lock;
+  Memory memory;
+};
+
 struct LoadedModule : Module {
   std::map<std::string, Kernel> by_name;
   std::map<std::string, std::vector<uint8_t>> variables;
   std::vector<std::string> lines;
-  Memory* memory = nullptr;
+  std::shared_ptr<LockedMemory> memory;
 
   ~LoadedModule() override {
-    for (auto& [name, data] : variables) memory->remove(reinterpret_cast<uint64_t>(data.data()));
+    const std::lock_guard guard(memory->lock);
+    for (auto& [name, data] : variables)
+      memory->memory.remove(reinterpret_cast<uint64_t>(data.data()));
   }
   const Kernel& kernel(const std::string& name) const {
     const auto found = by_name.find(name);
@@ -117,8 +126,9 @@ Stats collect(const Kernel& kernel, const std::vector<std::unique_ptr<Worker>>& 
 
 struct Device::State {
   Options options;
-  Memory memory;
-  std::mutex lock;  // of the memory's list and of launches: one at a time
+  std::shared_ptr<LockedMemory> shared = std::make_shared<LockedMemory>();
+  std::mutex& lock = shared->lock;
+  Memory& memory = shared->memory;
 };
 
 Device::Device(Options options) : state_(std::make_unique<State>()) {
@@ -132,7 +142,7 @@ Device::~Device() = default;
 std::shared_ptr<Module> Device::load(const std::string& ptx) {
   ptx::File file = ptx::parse(ptx);
   auto module = std::make_shared<LoadedModule>();
-  module->memory = &state_->memory;
+  module->memory = state_->shared;
   Globals globals;
   for (const ptx::Variable& v : file.variables) {
     if (v.space == "shared") continue;

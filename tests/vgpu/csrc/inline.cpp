@@ -32,7 +32,7 @@ std::vector<std::string> names(const Operand& o) {
   return list;
 }
 
-// Gives variables their new names, and makes ld.param and st.param of them accesses to local memory.
+// Gives variables their new names, and makes ld.param and st.param of them local accesses.
 void redirect(Statement& s, const std::map<std::string, std::string>& to) {
   const auto space = std::find(s.modifiers.begin(), s.modifiers.end(), "param");
   for (Operand& o : s.operands) {
