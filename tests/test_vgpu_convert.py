@@ -207,7 +207,7 @@ def test_special_registers():
     ("add.s32 d, a, zz;", "unknown register zz"), ("bra nowhere;", "unknown label nowhere"),
     ("add.s64 d, a, a;", "not of the instruction's width"), ("cvt.s32.f32 d, a;", "rounding"),
     ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {d}, {a}, {a}, {d};", "shape"),
-    ("add.s32 d, a;", "expected 3 operands")])
+    ("add.s32 d, a;", "expected 3 operands"), ("ld.shared.b32 d, [p0];", "another state space")])
 def test_what_is_unknown_is_refused_with_its_line(body, message):
     with pytest.raises(LoadError, match=rf"PTX line \d+: .*{message}"):
         run(body, ["b32"], "b32", [np.zeros(4, np.uint32)])

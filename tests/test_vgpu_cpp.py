@@ -1,4 +1,4 @@
-"""The engine from C++ alone, as a stand-in for the CUDA runtime uses it: the process has no Python."""
+"""The engine from C++ alone, as a stand-in for the CUDA runtime uses it: without Python."""
 
 import subprocess
 
@@ -25,8 +25,9 @@ const char* kPtx = R"(.version 8.8
 })";
 
 int main() {
+  std::shared_ptr<vgpu::Module> outlives;
   vgpu::Device gpu({.seed = 3});
-  auto module = gpu.load(kPtx);
+  auto module = outlives = gpu.load(kPtx);
   std::vector<float> x(100), y(100);
   for (int i = 0; i < 100; i++) x[i] = i;
   gpu.add_memory(x.data(), 400, true);

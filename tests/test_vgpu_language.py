@@ -87,6 +87,25 @@ def test_control_and_memory(module):
         module.launch("local_array_too_far", 1, 64, [z, x])
 
 
+def test_device_functions(module):
+    table = np.random.default_rng(0).integers(0, 8, 64).astype(np.int32)
+    first, second = np.zeros(64, np.int64), np.zeros(64, np.float32)
+    module.launch("calls", 1, 64, [first, second, table])
+
+    def both(p, i):
+        a, b = p
+        return {0: (a + 5, b), 1: (a, b * b), 2: (a * 7, b), 3: (i, 0.5), 4: (a, b + 1),
+                5: (a - 3, b)}.get(int(table[i]), (a, -b ** 3))
+    for i in range(64):
+        p = (i, i * 0.25)
+        p = both(both(p, i) if i % 3 else p, 63 - i)
+        assert first[i] == p[0]
+        near(second[i], p[1], 1e-6)
+    x, y = X[:64].astype(np.float64), np.zeros(64)
+    module.launch("double_power", 1, 64, [y, x])
+    near(y, np.abs(x) ** 1.3, 1e-15)
+
+
 def test_constants_and_assert(module):
     y = np.zeros(64, np.float32)
     module.launch("constants", 1, 64, [y, 1.0])
@@ -120,5 +139,7 @@ def test_half_intrinsics(module):
 def test_what_a_driver_refuses(module, grid, block, shared, message):
     with pytest.raises(ValueError, match=message):
         module.launch("groups", grid, block, [np.zeros(64, np.int32)], shared)
+    with pytest.raises(ValueError, match="expected at most the 64 threads of its launch bounds"):
+        module.launch("bounded", 1, 96, [np.zeros(96, np.int32)])
     with pytest.raises(ValueError, match="expected 1 arguments, got 2"):
         module.launch("groups", 1, 64, [None, None])

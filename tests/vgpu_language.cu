@@ -101,6 +101,45 @@ KERNEL groups(int* y) {
   y[block.thread_rank()] = sum * 100 + other + (tile.any(lane == 3) ? 1 : 0);
 }
 
+struct Pair {
+  int64_t first;
+  float second;
+};
+
+__noinline__ __device__ float power(float x, int n) {
+  float result = 1;
+  for (int k = 0; k < n; k++) result *= x;
+  return result;
+}
+
+__noinline__ __device__ Pair both(Pair p, const int* table, int i) {
+  switch (table[i] & 7) {
+    case 0: p.first += 5; break;
+    case 1: p.second = power(p.second, 2); break;
+    case 2: p.first *= 7; break;
+    case 3: return {i, 0.5f};
+    case 4: p.second += 1; break;
+    case 5: p.first -= 3; break;
+    default: p.second = -power(p.second, 3);
+  }
+  return p;
+}
+
+KERNEL calls(int64_t* first, float* second, const int* table) {  // from divergent code as well
+  const int i = threadIdx.x;
+  Pair p = {i, i * 0.25f};
+  if (i % 3) p = both(p, table, i);
+  p = both(p, table, 63 - i);
+  first[i] = p.first;
+  second[i] = p.second;
+}
+
+KERNEL double_power(double* y, const double* x) {
+  y[threadIdx.x] = pow(fabs(x[threadIdx.x]), 1.3);
+}
+
+KERNEL __launch_bounds__(64) bounded(int* y) { y[threadIdx.x] = 1; }
+
 KERNEL halves(__half2* y, __nv_bfloat162* z, const __half2* x, const __nv_bfloat162* w) {
   const int i = threadIdx.x;
   y[i] = __hfma2(x[i], x[i], __float2half2_rn(0.5f));

@@ -1,3 +1,4 @@
+// Faults say here what went wrong; the checks themselves are in shadow.cpp.
 #include "access.h"
 
 #include <algorithm>

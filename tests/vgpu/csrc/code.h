@@ -54,9 +54,11 @@ struct Kernel {
   uint32_t special = 0;        // first special register
   size_t static_shared = 0;    // with padding up to the dynamic part
   size_t local_bytes = 0;      // per thread
+  size_t local_params = 0;     // of these, parameters of calls: structs with gaps, so not checked
   int shared_granule = 4;      // log2 of the smallest access to that space, at most 16 bytes
   int global_granule = 4;
-  uint32_t max_threads = 0;    // .maxntid or .reqntid
+  uint32_t max_threads = 0;    // of the launch bounds, or 0
+  bool exact_threads = false;  // that many, no fewer
 };
 
 // 32-bit special registers, in this order from Kernel::special; %clock and the like are apart.

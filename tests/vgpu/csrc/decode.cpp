@@ -70,11 +70,14 @@ void Builder::lay_out() {
     kernel.static_shared = dynamic_base;
     symbols[v->name] = {Space::kShared, dynamic_base};
   }
-  for (const ptx::Variable& v : function.variables) {
-    if (v.space != "local") continue;
-    kernel.local_bytes = align_up(kernel.local_bytes, v.align);
-    symbols[v.name] = {Space::kLocal, kernel.local_bytes};
-    kernel.local_bytes += v.bytes;
+  for (const bool of_call : {true, false}) {
+    for (const ptx::Variable& v : function.variables) {
+      if (v.space != "local" || (v.name.find('#') != std::string::npos) != of_call) continue;
+      kernel.local_bytes = align_up(kernel.local_bytes, v.align);
+      symbols[v.name] = {Space::kLocal, kernel.local_bytes};
+      kernel.local_bytes += v.bytes;
+    }
+    if (of_call) kernel.local_params = kernel.local_bytes;
   }
   for (const auto& [name, address] : globals) symbols[name] = {Space::kGlobal, address};
 }
@@ -200,12 +203,20 @@ uint32_t Decode::label(const std::string& name) {
   fail("unknown label " + name);
 }
 
+const std::vector<std::string>& Decode::branch_table(const std::string& name) {
+  for (int scope = s.scope; scope >= 0; scope = builder.function.scope_parent[scope]) {
+    const auto found = builder.function.tables.find(ptx::in_scope(name, scope));
+    if (found != builder.function.tables.end()) return found->second;
+  }
+  fail("unknown branch table " + name);
+}
+
 int64_t Decode::integer(size_t i) {
   if (s.operands.at(i).kind != ptx::Operand::kInteger) fail("expected a constant");
   return s.operands[i].value;
 }
 
-void Decode::address(size_t i) {
+void Decode::address(size_t i, Space space) {
   const ptx::Operand& o = s.operands.at(i);
   if (o.kind != ptx::Operand::kAddress) fail("expected an address");
   in.imm = o.value;
@@ -220,6 +231,8 @@ void Decode::address(size_t i) {
   if (o.name.empty()) return;
   const Builder::Symbol* named = symbol(o.name);
   if (!named) fail("unknown symbol " + o.name);
+  if (named->space != (space == Space::kGeneric ? Space::kGlobal : space))
+    fail(o.name + " is in another state space");
   in.imm += int64_t(named->address);
 }
 
@@ -243,6 +256,7 @@ Kernel decode(const ptx::File& file, const ptx::Function& function, const Global
   Builder builder{file, function, globals};
   builder.kernel.name = function.name;
   builder.kernel.max_threads = function.max_threads;
+  builder.kernel.exact_threads = function.exact_threads;
   builder.lay_out();
   for (const ptx::Statement& s : function.statements) {
     Instr in;

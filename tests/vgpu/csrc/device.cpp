@@ -16,14 +16,23 @@ constexpr uint32_t kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 163 * 1024;
 constexpr uint32_t kMaxGridYZ = 65535, kMaxBlockZ = 64;
 
+// A device's memory, which its modules keep alive. The lock is for the list of allocations, which
+// a launch holds throughout: one launch at a time.
+struct LockedMemory {
+  std::mutex lock;
+  Memory memory;
+};
+
 struct LoadedModule : Module {
   std::map<std::string, Kernel> by_name;
   std::map<std::string, std::vector<uint8_t>> variables;
   std::vector<std::string> lines;
-  Memory* memory = nullptr;
+  std::shared_ptr<LockedMemory> memory;
 
   ~LoadedModule() override {
-    for (auto& [name, data] : variables) memory->remove(reinterpret_cast<uint64_t>(data.data()));
+    const std::lock_guard guard(memory->lock);
+    for (auto& [name, data] : variables)
+      memory->memory.remove(reinterpret_cast<uint64_t>(data.data()));
   }
   const Kernel& kernel(const std::string& name) const {
     const auto found = by_name.find(name);
@@ -61,8 +70,10 @@ void check_launch(const Kernel& kernel, Dim grid, Dim block, size_t shared) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > kMaxBlockZ)
     refuse(kernel, "expected 1 to 1024 threads per block, got " + text(block));
-  if (kernel.max_threads && threads > kernel.max_threads)
-    refuse(kernel, "expected at most the " + std::to_string(kernel.max_threads) +
+  if (kernel.max_threads && (threads > kernel.max_threads ||
+                             (kernel.exact_threads && threads != kernel.max_threads)))
+    refuse(kernel, std::string("expected ") + (kernel.exact_threads ? "exactly" : "at most") +
+                       " the " + std::to_string(kernel.max_threads) +
                        " threads of its launch bounds, got " + std::to_string(threads));
   if (uint64_t(grid.x) * grid.y * grid.z == 0 || grid.x > 0x7fffffffu || grid.y > kMaxGridYZ ||
       grid.z > kMaxGridYZ)
@@ -115,8 +126,9 @@ Stats collect(const Kernel& kernel, const std::vector<std::unique_ptr<Worker>>& 
 
 struct Device::State {
   Options options;
-  Memory memory;
-  std::mutex lock;  // of the memory's list and of launches: one at a time
+  std::shared_ptr<LockedMemory> shared = std::make_shared<LockedMemory>();
+  std::mutex& lock = shared->lock;
+  Memory& memory = shared->memory;
 };
 
 Device::Device(Options options) : state_(std::make_unique<State>()) {
@@ -130,7 +142,7 @@ Device::~Device() = default;
 std::shared_ptr<Module> Device::load(const std::string& ptx) {
   ptx::File file = ptx::parse(ptx);
   auto module = std::make_shared<LoadedModule>();
-  module->memory = &state_->memory;
+  module->memory = state_->shared;
   Globals globals;
   for (const ptx::Variable& v : file.variables) {
     if (v.space == "shared") continue;
@@ -209,7 +221,7 @@ Stats Device::launch(const Module& module, const std::string& name, Dim grid, Di
     try {
       worker = std::make_unique<Worker>(launch);
       for (uint64_t i; !launch.stopped && (i = next++) < blocks;)
-        worker->run((i * stride + launch.seed) % blocks);
+        worker->run((i * stride + launch.seed % blocks) % blocks);
     } catch (...) {
       const std::lock_guard hold(error_lock);
       if (!error) error = std::current_exception();

@@ -1,3 +1,4 @@
+// Comments go, lines are counted; a word keeps its dots and double colons.
 #include "lexer.h"
 
 #include <cctype>

@@ -60,7 +60,9 @@ inline double flush_double(double x) {
   const uint64_t bits = std::bit_cast<uint64_t>(x);
   return (bits & 0x7ff0000000000000ull) ? x : std::bit_cast<double>(bits & (1ull << 63));
 }
-constexpr auto kRcp64Upper = [](double x) { return upper(flush_double(1 / flush_double(upper(x)))); };
+constexpr auto kRcp64Upper = [](double x) {
+  return upper(flush_double(1 / flush_double(upper(x))));
+};
 constexpr auto kRsqrt64Upper = [](double x) {
   return upper(1 / std::sqrt(flush_double(upper(x))));
 };

@@ -70,13 +70,15 @@ void commit_group(Warp& w, const Instr&) {
   each_executing(w, [&](int i) { w.async_group[i]++; });
 }
 
-void arrive(Warp& w, const Transfer& t, uint32_t lanes) {
+void arrive(Warp& w, const Instr& in, const Transfer& t, uint32_t lanes) {
   Block& b = *w.block;
   alignas(64) uint64_t at[kLanes];
   for (int i = 0; i < kLanes; i++) at[i] = t.to[i];
   for (uint32_t m = lanes; m; m &= m - 1)
     std::memset(b.shared_init.data() + at[std::countr_zero(m)], kInitialised, t.bytes);
-  check_lanes(b.shared_shadow, lanes, at, t.bytes, Access::kWrite, b.shared_stamp(w), kWarpUnit);
+  const uint64_t stamp = b.shared_stamp(w);
+  if (!check_lanes(b.shared_shadow, lanes, at, t.bytes, Access::kWrite, stamp, kWarpUnit))
+    fault(w, in, std::countr_zero(lanes), "race: cp.async copies to where another copy goes");
   for (uint32_t m = lanes; m; m &= m - 1) {
     const int i = std::countr_zero(m);
     copy(b.shared.data() + t.to[i], t.data[i], t.bytes);
@@ -89,7 +91,7 @@ void wait_group(Warp& w, const Instr& in) {
     const uint32_t done = t.lanes & w.exec & lane_mask([&](int i) {
       return in.imm < 0 || t.group + uint64_t(in.imm) < w.async_group[i];
     });
-    if (done) arrive(w, t, done);
+    if (done) arrive(w, in, t, done);
     t.lanes &= ~done;
   }
   std::erase_if(w.transfers, [](const Transfer& t) { return t.lanes == 0; });
@@ -111,11 +113,11 @@ bool decode_async(Decode& d) {
   d.take("L2::64B") || d.take("L2::128B") || d.take("L2::256B");
   const bool hinted = d.take("L2::cache_hint");
   d.expect_operands(3u + hinted, 4u + hinted);
-  d.address(0);
+  d.address(0, Space::kShared);
   in.d = in.a;
   in.mode = in.wide_address;
   in.target = std::bit_cast<uint32_t>(int32_t(in.imm));
-  d.address(1);
+  d.address(1, Space::kGlobal);
   in.bytes = uint8_t(d.integer(2));
   if (in.bytes != 4 && in.bytes != 8 && in.bytes != 16) d.fail("cp.async copies 4, 8 or 16 bytes");
   if (d.s.operands.size() == 4u + hinted) in.c = d.src(3, Type::kU32);

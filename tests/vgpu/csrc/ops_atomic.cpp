@@ -116,7 +116,7 @@ bool decode_atomic(Decode& d) {
   const bool cas = d.has("cas");
   const size_t first = reduction ? 0 : 1;
   d.expect_operands(first + 2 + cas + hinted);
-  d.address(first);
+  d.address(first, in.space);
   in.b = d.src(first + 1, t);
   if (cas) in.c = d.src(first + 2, t);
   if (!reduction && d.s.operands[0].kind != ptx::Operand::kSink) in.d = d.dst(0, t);

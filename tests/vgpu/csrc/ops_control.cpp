@@ -188,9 +188,8 @@ bool decode_control(Decode& d) {
     d.expect_operands(2);
     d.in.a = d.src(0, Type::kU32);
     std::vector<uint32_t> table;
-    const auto found = d.builder.function.tables.find(ptx::in_scope(d.s.operands[1].name, 0));
-    if (found == d.builder.function.tables.end()) d.fail("unknown branch table");
-    for (const std::string& name : found->second) table.push_back(d.label(name));
+    for (const std::string& name : d.branch_table(d.s.operands[1].name))
+      table.push_back(d.label(name));
     d.in.target = uint32_t(d.builder.kernel.tables.size());
     d.builder.kernel.tables.push_back(table);
     d.in.run = brx;
@@ -206,7 +205,7 @@ bool decode_control(Decode& d) {
       assertion |= o.name == "__assertfail";
       print |= o.name == "vprintf";
     }
-    if (!assertion && !print) d.fail("calls of functions are not supported; inline them");
+    if (!assertion && !print) d.fail("a call of an unknown function");
     d.in.run = assertion ? trap : nothing;
   } else if (d.is("bar") || d.is("barrier")) {
     return decode_bar(d);

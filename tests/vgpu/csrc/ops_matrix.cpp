@@ -231,7 +231,7 @@ bool decode_ldmatrix(Decode& d) {
   if (d.take("shared") || d.take("shared::cta")) d.in.space = Space::kShared;
   if (d.type() != Type::kB16) d.fail("expected .b16");
   d.expect_operands(2);
-  d.address(1);
+  d.address(1, d.in.space);
   ptx::Operand target = d.s.operands[0];
   if (target.kind != ptx::Operand::kVector) target.items = {d.s.operands[0]};
   if (count == 0 || target.items.size() != count) d.fail("a vector of the wrong size");

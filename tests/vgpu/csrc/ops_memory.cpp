@@ -124,7 +124,7 @@ bool decode_ld_st(Decode& d) {
     in.pipe = Pipe::kOther;
     return true;
   }
-  d.address(at);
+  d.address(at, in.space);
   const ptx::Operand& value = d.s.operands[1 - at];
   if ((value.kind == ptx::Operand::kVector) != (count > 1)) d.fail("a vector of the wrong size");
   std::vector<uint32_t> registers;

@@ -3,6 +3,7 @@
 
 #include <sstream>
 
+#include "inline.h"
 #include "lexer.h"
 
 namespace vgpu::ptx {
@@ -26,6 +27,7 @@ class Parser {
 
   File parse() {
     while (peek().kind != Token::kEnd) top_level();
+    for (Function& kernel : file_.kernels) inline_calls(kernel, functions_);
     return std::move(file_);
   }
 
@@ -75,12 +77,8 @@ class Parser {
     } else if (t.text == ".extern") {
       take();
       external_ = true;
-    } else if (t.text == ".entry") {
+    } else if (t.text == ".entry" || t.text == ".func") {
       function();
-    } else if (t.text == ".func") {
-      while (!is("{") && !is(";")) take();
-      is(";") ? void(take()) : skip_braces();
-      external_ = false;
     } else if (t.text == ".global" || t.text == ".const" || t.text == ".shared") {
       file_.variables.push_back(variable());
       expect(";");
@@ -153,21 +151,28 @@ class Parser {
     if (v.data.size() > v.bytes) v.bytes = v.data.size();
   }
 
+  std::vector<Variable> parameters() {
+    std::vector<Variable> list;
+    if (!accept("(")) return list;
+    while (!accept(")")) {
+      list.push_back(variable());
+      accept(",");
+    }
+    return list;
+  }
+
   void function() {
-    expect(".entry");
+    const bool kernel = take().text == ".entry";
     external_ = false;
     function_ = Function{};
     function_.line = peek().line;
+    function_.results = parameters();
     function_.name = take().text;
-    if (accept("(")) {
-      while (!accept(")")) {
-        function_.params.push_back(variable());
-        accept(",");
-      }
-    }
+    function_.params = parameters();
     while (!is("{") && !is(";")) {
       const std::string directive = take().text;
       if (directive != ".maxntid" && directive != ".reqntid") continue;
+      function_.exact_threads = directive == ".reqntid";
       function_.max_threads = integer();
       while (accept(",")) function_.max_threads *= integer();
     }
@@ -175,7 +180,8 @@ class Parser {
     expect("{");
     source_file_ = source_line_ = 0;
     body(0);
-    file_.kernels.push_back(std::move(function_));
+    if (kernel) file_.kernels.push_back(std::move(function_));
+    else functions_[function_.name] = std::move(function_);
   }
 
   void body(int scope) {
@@ -192,7 +198,9 @@ class Parser {
         source_line_ = std::stoi(peek(2).text);
         skip_line();
       } else if (t.text == ".shared" || t.text == ".local" || t.text == ".param") {
-        function_.variables.push_back(variable());
+        Variable v = variable();
+        if (v.space == "param") v.name = in_scope(v.name, scope);
+        function_.variables.push_back(std::move(v));
         expect(";");
       } else if (t.text == ".pragma" || t.text == ".file") {
         skip_line();
@@ -328,6 +336,7 @@ class Parser {
   size_t next_ = 0;
   File file_;
   Function function_;
+  std::map<std::string, Function> functions_;
   bool external_ = false;
   int source_file_ = 0, source_line_ = 0;
 };

@@ -41,14 +41,15 @@ struct Variable {
 
 struct Function {
   std::string name;
-  std::vector<Variable> params;
-  std::vector<Variable> variables;             // shared and local
+  std::vector<Variable> params, results;
+  std::vector<Variable> variables;             // shared, local, and .param of calls ("name#scope")
   std::map<std::string, Type> registers;       // "name" or "name#scope"
   std::map<std::string, int> labels;           // statement index
   std::map<std::string, std::vector<std::string>> tables;  // .branchtargets
   std::vector<int> scope_parent{-1};
   std::vector<Statement> statements;
-  uint32_t max_threads = 0;
+  uint32_t max_threads = 0;  // .maxntid or .reqntid
+  bool exact_threads = false;  // .reqntid
   int line = 0;
 };
 

@@ -73,6 +73,9 @@ void Worker::begin(uint64_t number) {
   block_.last_allocation = nullptr;
   std::fill(block_.shared_init.begin(), block_.shared_init.end(), kUninitialised);
   std::fill(local_init_.begin(), local_init_.end(), kUninitialised);
+  if (const Kernel& k = *block_.kernel; k.local_params)
+    for (size_t i = 0; i < local_init_.size(); i += k.local_bytes)
+      std::fill_n(local_init_.begin() + long(i), k.local_params, kInitialised);
   block_.next_shared_interval();
   ready_.clear();
   for (Warp& w : block_.warps) {

@@ -135,7 +135,7 @@ struct Block : Order {
     return launch->memory->launch() * kLaunchUnit + number * kBlockUnit +
            interval * kIntervalUnit + w.index * kWarpUnit;
   }
-  uint64_t shared_stamp(const Warp& w) const {  // of lane 0; see memory.h
+  uint64_t shared_stamp(const Warp& w) const {  // of lane 0; see shadow.h
     return shared_interval * kLaunchUnit + w.index * kBlockUnit +
            w.sync_interval % kMaxInterval * kIntervalUnit;
   }
