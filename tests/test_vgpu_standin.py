@@ -81,3 +81,15 @@ def test_a_library_that_does_not_fit_is_one_sentence(tmp_path, source, expected)
                           capture_output=True, text=True, cwd=TESTS.parent,
                           env=os.environ | {"LLAMA_EXT_CPU_TENSORS_TO": str(library)})
     assert re.match(expected, done.stdout) and done.stdout.count("\n") == 1, done
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU, which would be given "
+                    "the host's memory")
+def test_the_shipped_library_says_that_there_is_no_driver():
+    library = TESTS.parent / "llama_ext" / "libllama_ext_cuda.so"
+    if not library.exists():
+        pytest.skip("built without nvcc")
+    done = subprocess.run([sys.executable, "-c", SETUP + "print(sentence(lx.rmsnorm, w, w))"],
+                          capture_output=True, text=True, cwd=TESTS.parent,
+                          env=os.environ | {"LLAMA_EXT_CPU_TENSORS_TO": str(library)})
+    assert re.match(r"rmsnorm: CUDA [\d,]+ failed to launch: .*driver", done.stdout), done.stderr
