@@ -16,7 +16,8 @@ def fsync_folder(path):
 def write_atomically(path, data):
     """Replace the file `path` by the bytes `data`: a crash leaves the old file or the new one.
 
-    Raises OSError (a full disk, say), leaving the old file as it was and nothing beside it.
+    Raises OSError with `path` as its filename (a full disk, say), leaving the old file as it was
+    and nothing beside it.
     """
     path = Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -26,6 +27,8 @@ def write_atomically(path, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temp, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temp.unlink(missing_ok=True)
-    fsync_folder(path.parent)
