@@ -20,7 +20,7 @@ def write_atomically(path, data):
     and nothing beside it.
     """
     path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = path.with_name(f".{path.name}.tmp")  # one name, so that a killed run's is replaced
     try:
         with open(temp, "wb") as f:
             f.write(data)
