@@ -9,6 +9,7 @@ import fcntl
 import gzip
 import lzma
 import math
+import shutil
 import signal
 import threading
 import time
@@ -141,8 +142,9 @@ class Trainer:
         process at once. Raises LlamaExtError when the loss is not finite, before the update.
         """
         config = self.config
+        width, height = shutil.get_terminal_size()  # 80, 24 where it is unknown
         with _StopSignal() as stop, tqdm(total=config.steps, initial=self.step, disable=None,
-                                         unit="step", dynamic_ncols=True) as bar:
+                                         unit="step", ncols=width, nrows=height) as bar:
             while True:
                 if self._is_due(config.val_every) and not self._is_validated():
                     self._validate(stop, bar)
