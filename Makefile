@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(bin)/built
 	$(bin)/llama-ext prepare stdlib --out $(data)
 	$(bin)/llama-ext train --data $(data) --run $(run) --preset tiny --seq-len 128 --batch-size 4 \
-	  --lr 1e-3 --steps 2400 --val-every 400 --save-every 200 --log-every 100
+	  --lr 1.5e-3 --steps 2400 --val-every 400 --save-every 200 --log-every 100
 	@echo 'a sample of what it writes:'
 	@$(bin)/llama-ext generate --run $(run) --prompt 'def main(' --seed 1
 
