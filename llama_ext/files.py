@@ -1,6 +1,8 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and JSON that shows when it is damaged."""
 
+import json
 import os
+import zlib
 from pathlib import Path
 
 
@@ -32,3 +34,20 @@ def write_atomically(path, data):
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temp.unlink(missing_ok=True)
+
+
+def seal(content):
+    """The JSON of a dict, as bytes, with an entry "crc32": the checksum of the rest."""
+    return json.dumps({**content, "crc32": _checksum(content)}, indent=1).encode()
+
+
+def unseal(data):
+    """The dict that seal() wrote. Raises ValueError when a bit of it is not as it was."""
+    content = json.loads(data)
+    if not isinstance(content, dict) or content.pop("crc32", None) != _checksum(content):
+        raise ValueError("its checksum differs from the one in it")
+    return content
+
+
+def _checksum(content):
+    return zlib.crc32(json.dumps(content).encode())

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from .data import FORMAT, load_meta, sha256, verify
 from .errors import LlamaExtError
-from .files import fsync_folder, write_atomically
+from .files import fsync_folder, seal, write_atomically
 from .tokenizer import TRAIN_CHARS, Tokenizer
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp",
@@ -58,10 +58,11 @@ def prepare(inputs, out, *, vocab_size=4096, tokenizer=None, val_fraction=0.02,
 
     Writes tokenizer.model, train-00000.bin ..., val-00000.bin ... and val.txt (the held-out text,
     what the val tokens encode) into a folder in `out`, and `out/meta.json`: "folder", its name;
-    dtype, vocab_size, bos_id, eos_id; "train" and "val" with documents, bytes (of text), tokens, shards; "skipped" counts; "files" with bytes and sha256
-    of each; "fingerprint" of contents and options. When `out` already holds the same, nothing is
-    done. `progress` shows notes on stderr, and bars where it is a terminal. Raises LlamaExtError
-    for bad input, unreadable files and a full disk.
+    dtype, vocab_size, bos_id, eos_id; "train" and "val" with documents, bytes (of text), tokens,
+    shards; "skipped" counts; "files" with bytes and sha256 of each; "fingerprint" of contents and
+    options. When `out` already holds the same, nothing is done. `progress` shows notes on stderr,
+    and bars where it is a terminal. Raises LlamaExtError for bad input, unreadable files and a full
+    disk.
     """
     if isinstance(inputs, (str, os.PathLike)):
         inputs = [inputs]
@@ -208,7 +209,7 @@ def _complete(out, fingerprint):
         if meta["fingerprint"] == fingerprint:
             verify(out)
             return meta
-    except (LlamaExtError, KeyError):
+    except LlamaExtError:
         pass
     return None
 
@@ -363,7 +364,7 @@ def _publish(partial, out, meta):
     final = out / meta["folder"]
     shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run killed before meta.json
     os.rename(partial, final)
-    write_atomically(out / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+    write_atomically(out / "meta.json", seal(meta))
     for old in out.iterdir():
         if re.fullmatch("[0-9a-f]{12}", old.name) and old != final:
             shutil.rmtree(old)

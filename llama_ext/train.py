@@ -354,6 +354,8 @@ def _lock(run_dir):
     except BlockingIOError:
         file.close()
         raise LlamaExtError(f"{run_dir} is in use: another process trains in it") from None
+    except OSError:
+        pass  # a file system without locks
     return file
 
 

@@ -2,13 +2,13 @@
 comes after the kernels."""
 
 import contextlib
-import json
 import random
 import resource
 
 import numpy as np
 
 from llama_ext.data import FORMAT, sha256
+from llama_ext.files import seal
 
 WORDS = "the a def return self x y café if else for in range print value 123 naïve\n".split(" ")
 
@@ -36,7 +36,7 @@ def write_data_set(folder, train, val=(), shard_tokens=100, vocab_size=1 << 16, 
             path = folder / "f" / name
             path.write_bytes(np.array(ids[start:start + shard_tokens], dtype).tobytes())
             meta["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_bytes(seal(meta))
     return folder
 
 

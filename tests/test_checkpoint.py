@@ -94,7 +94,8 @@ def test_find_takes_a_run_or_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [flip_bit, halve, os.remove])
-def test_a_damaged_file_is_named_with_the_newest_whole_checkpoint(tmp_path, tokenizer, name, damage):
+def test_a_damaged_file_is_named_with_the_newest_whole_checkpoint(tmp_path, tokenizer, name,
+                                                                      damage):
     model, opt = small(steps=1)
     for number in (1, 2):
         path = checkpoint.save(tmp_path, number, model, opt, tokenizer=tokenizer)

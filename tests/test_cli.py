@@ -138,7 +138,7 @@ def sentence(capsys, argv):
     ([], "COMMAND"), (["fly"], "invalid choice: 'fly'"), (["info", "--x"], "arguments: --x"),
     (["prepare", "a"], "required: --out"), (["prepare", "--out=o"], "required: INPUT"),
     (["prepare", "stdlib", "--out=o", "--vocab-size=many"], "--vocab-size: invalid int .* 'many'"),
-    (["prepare", "x", "--out=o", "--vocab-size=9", "--tokenizer=t"], "--tokenizer: not allowed with"),
+    (["prepare", "x", "--out=o", "--vocab-size=9", "--tokenizer=t"], "--tokenizer: not allowed"),
     (["prepare", "stdlib", "--out=o", "--val-fraction=2"], r"val_fraction must be .*, got 2\.0"),
     (["train", "--run=r"], "required: --data"), (["train", "--data=d", "--run=r", "--step=3"],
                                                  "unrecognized arguments: --step=3"),

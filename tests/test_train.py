@@ -217,7 +217,7 @@ def test_a_damaged_checkpoint_stops_the_resume_and_removing_it_goes_on(small):
     newest = checkpoint.latest(config.run)
     expected = (newest / "model.safetensors").read_bytes()
     flip_bit(newest / "model.safetensors")
-    with pytest.raises(LlamaExtError, match="model.safetensors is damaged: .*step-00000004 is whole"):
+    with pytest.raises(LlamaExtError, match="model.safetensors is damaged: .*00000004 is whole"):
         train(config)
     for file in newest.iterdir():
         file.unlink()
