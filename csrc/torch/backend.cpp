@@ -88,8 +88,11 @@ std::string cpu_isa(std::string name) {
 // The instruction sets of this CPU that have kernels, best first, separated by blanks.
 std::string cpu_isas() {
   std::string names;
-  for (const Isa& isa : kIsas)
-    if (isa.present()) names += (names.empty() ? "" : " ") + std::string(isa.name);
+  for (const Isa& isa : kIsas) {
+    if (!isa.present()) continue;
+    if (!names.empty()) names += ' ';
+    names += isa.name;
+  }
   return names;
 }
 

@@ -28,7 +28,8 @@ const char* dtype_text(ScalarType dtype) {
 void check_status(const char* op, Status status, const Kernels* kernels) {
   check(status != kUnsupported, op, ": ", kernels->name,
         " has no kernel for these dtypes and sizes");
-  check(status != kOutOfMemory, op, ": ", kernels->name, " can't allocate memory for its intermediate results");
+  check(status != kOutOfMemory, op, ": ", kernels->name,
+        " can't allocate memory for its intermediate results");
   check(status == kOk, op, ": ", kernels->name, " failed to launch");
 }
 
