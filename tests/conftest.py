@@ -12,6 +12,20 @@ def pytest_report_header(config):
     return f"torch {torch.__version__}; CPU kernels: {torch.ops.llama_ext.cpu_isas()}"
 
 
+SUMMARY = pytest.StashKey[list]()
+
+
+@pytest.fixture(scope="session")
+def summary(pytestconfig):
+    """A list of lines that are printed at the end of the run."""
+    return pytestconfig.stash.setdefault(SUMMARY, [])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash.get(SUMMARY, []):
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture(autouse=True)
 def seeded_and_nan_filled():
     """Fixed random numbers; and every torch.empty is filled with NaN, so that an output that a

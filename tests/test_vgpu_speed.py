@@ -1,0 +1,64 @@
+"""How fast the virtual A100 is with every check on: warp instructions per second of CPU time on one
+core, printed at the end of the run. The floor is far below what an idle machine gives."""
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+
+from test_vgpu_triton import compile_kernel, encode, matmul_kernel, normal
+from vgpu import Device
+
+FLOOR = 3e6
+
+
+def rate(module, *launch, **kwargs):
+    """(warp instructions per second, seconds, counters) of the best of five launches."""
+    best = None
+    for _ in range(5):
+        start = time.process_time()
+        stats = module.launch(*launch, **kwargs)
+        seconds = time.process_time() - start
+        if best is None or seconds < best[1]:
+            best = stats["warp_instructions"] / seconds, seconds, stats
+    return best
+
+
+def test_matmul(summary):
+    n = 256
+    a, b = normal(n, n, dtype="bf16"), normal(n, n, dtype="bf16")
+    args = [a, b, encode(np.zeros((n, n)), "bf16"), n, n, n]
+    kernel = compile_kernel(matmul_kernel, args, (64, 64, 32))
+    module = Device(threads=1).load_ptx(kernel.asm["ptx"])
+    speed, seconds, stats = rate(module, "matmul_kernel", (n // 64, n // 64), 128,
+                                 [*args, None, None], shared=kernel.metadata.shared)
+    share = stats["tensor"] / stats["warp_instructions"]
+    summary.append(f"virtual A100: {speed / 1e6:.1f} million warp instructions per second per core "
+                   f"in a bf16 matmul ({share:.0%} of them mma.m16n8k16; everything included "
+                   f"{1e6 * seconds / stats['tensor']:.2f} us per mma)")
+    assert speed > FLOOR
+
+
+def test_rows(summary, tmp_path):
+    nvcc = shutil.which("nvcc")
+    assert nvcc, "nvcc is not on PATH"
+    ptx = tmp_path / "speed.ptx"
+    subprocess.run([nvcc, "-std=c++17", "-arch=compute_80", "-ptx",
+                    str(Path(__file__).with_name("vgpu_speed.cu")), "-o", str(ptx)], check=True)
+    x, w = normal(512, 4096, dtype="bf16"), normal(4096, dtype="bf16")
+    y = np.zeros_like(x)
+    speed, _, stats = rate(Device(threads=1).load_ptx(ptx.read_text()), "normalise", 512, 256,
+                           [y, x, w, 1e-5])
+    rows = (x.astype(np.uint32) << 16).view(np.float32)
+    expected = rows / np.sqrt((rows ** 2).mean(-1, keepdims=True) + 1e-5) * \
+        (w.astype(np.uint32) << 16).view(np.float32)
+    got = (y.astype(np.uint32) << 16).view(np.float32)
+    assert np.abs(got - expected).max() < 2 ** -8 * np.abs(expected).max()
+    assert stats["global_unique_bytes_read"] == x.nbytes + w.nbytes
+    assert stats["global_load_sectors"] == stats["global_load_sectors_ideal"]
+    assert stats["shared_wavefronts"] == stats["shared_wavefronts_ideal"]
+    summary.append(f"virtual A100: {speed / 1e6:.1f} million warp instructions per second per core "
+                   "normalising rows")
+    assert speed > FLOOR
