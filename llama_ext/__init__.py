@@ -1,7 +1,9 @@
 """llama_ext: fused LLaMA kernels (attention, RMSNorm, SwiGLU, RoPE, cross-entropy) for PyTorch."""
 
-from . import ref
+from . import layers, ref
+from .errors import LlamaExtError
 from .info import info
+from .model import Llama, LlamaConfig
 from .ops import (attention, cross_entropy, linear_cross_entropy, rmsnorm, rmsnorm_residual, rope,
                   swiglu)
 

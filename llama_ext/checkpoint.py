@@ -5,7 +5,8 @@
       config.json            the model's shape
       tokenizer.model        the tokenizer, so that the folder is all that generation needs
       training.safetensors   "optimizer/<parameter>/<slot>" tensors, and "rng/cpu"
-      state.json             step, the trainer's state, size and CRC-32 of every other file
+      state.json             step, the trainer's state, size and CRC-32 of every other file and of
+                             itself
 
 A checkpoint is written and fsynced under a temporary name, then renamed. Older ones beyond `keep`
 go only after that.
@@ -23,7 +24,9 @@ from safetensors import SafetensorError
 from safetensors import torch as st
 
 from .errors import LlamaExtError
-from .files import fsync_folder
+from .files import fsync_folder, seal, unseal
+from .model import Llama, LlamaConfig
+from .tokenizer import Tokenizer
 
 _STEP = re.compile(r"step-(\d{8,})")
 _TEMP = ".tmp-"
@@ -33,8 +36,8 @@ def save(run, step, model, optimizer=None, state=None, *, tokenizer=None, keep=3
     """Write the checkpoint of `step` under the folder `run`; return its path.
 
     model: an nn.Module with a `.config` that has to_dict(). optimizer: its tensors are kept too.
-    state: anything JSON can hold, given back by load(). tokenizer: path of the .model file to
-    copy. keep: how many checkpoints to keep, this one included.
+    state: anything JSON can hold, given back by read_state(). tokenizer: the bytes of its .model
+    file. keep: how many checkpoints to keep, this one included.
     Raises LlamaExtError when it cannot be written (a full disk); the earlier ones stay as they are.
     """
     run = Path(run)
@@ -47,11 +50,11 @@ def save(run, step, model, optimizer=None, state=None, *, tokenizer=None, keep=3
         temp.mkdir()
         st.save_model(model, str(temp / "model.safetensors"), metadata={"format": "pt"})
         st.save_file(_training_tensors(model, optimizer), temp / "training.safetensors")
-        _write(temp / "config.json", _json(model.config.to_dict()))
+        _write(temp / "config.json", json.dumps(model.config.to_dict(), indent=1).encode())
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, temp / "tokenizer.model")
+            _write(temp / "tokenizer.model", tokenizer)
         files = {p.name: _fingerprint(p, sync=True) for p in sorted(temp.iterdir())}
-        _write(temp / "state.json", _json({"step": step, "state": state or {}, "files": files}))
+        _write(temp / "state.json", seal({"step": step, "state": state or {}, "files": files}))
         fsync_folder(temp)
         if final.exists():
             _remove(final)
@@ -105,29 +108,34 @@ def read_state(path):
         hint = (f"{whole} is whole: remove {path} to go on from there" if whole
                 else f"no other checkpoint in {path.parent} is whole")
         raise LlamaExtError(f"{fault}; {hint}")
-    content = json.loads((path / "state.json").read_text())
+    content = unseal((path / "state.json").read_bytes())
     return content["step"], content["state"]
 
 
-def load(path, model, optimizer=None):
-    """Load the checkpoint `path` into `model` and `optimizer` and torch's CPU generator, in place.
+def load(path, model, optimizer):
+    """Load the checkpoint `path`, which read_state() found whole, in place: the weights into
+    `model`, the rest into `optimizer` and torch's CPU generator.
 
-    Returns (step, state). Raises LlamaExtError for a damaged checkpoint or another model's.
+    Raises LlamaExtError for another model's.
+    """
+    _load_weights(Path(path) / "model.safetensors", model)
+    _load_training_tensors(Path(path) / "training.safetensors", model, optimizer)
+
+
+def load_model(path):
+    """(model, tokenizer) of the checkpoint folder `path`, for generation.
+
+    Raises LlamaExtError naming the file that is missing or damaged.
     """
     path = Path(path)
-    step, state = read_state(path)
-    load_weights(path, model)
-    if optimizer is not None:
-        _load_training_tensors(path / "training.safetensors", model, optimizer)
-    return step, state
+    if fault := _fault(path, ("config.json", "model.safetensors", "tokenizer.model")):
+        raise LlamaExtError(fault)
+    model = Llama(LlamaConfig.from_dict(json.loads((path / "config.json").read_bytes())))
+    _load_weights(path / "model.safetensors", model)
+    return model, Tokenizer(path / "tokenizer.model")
 
 
-def load_weights(path, model):
-    """Load the weights of the checkpoint folder `path` into `model`, in place.
-
-    Raises LlamaExtError when the file is missing, damaged or of another shape.
-    """
-    file = Path(path) / "model.safetensors"
+def _load_weights(file, model):
     try:
         st.load_model(model, file)
     except (OSError, SafetensorError) as error:
@@ -135,15 +143,6 @@ def load_weights(path, model):
     except RuntimeError as error:  # names or shapes differ: torch lists them, a line each
         detail = " ".join(str(error).split())
         raise LlamaExtError(f"{file} does not fit the model: {detail}") from error
-
-
-def read_config(path):
-    """The model's config, a dict, of the checkpoint folder `path`. Raises LlamaExtError."""
-    file = Path(path) / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise LlamaExtError(f"{file} cannot be read: {error}") from error
 
 
 def _training_tensors(model, optimizer):
@@ -169,24 +168,23 @@ def _load_training_tensors(file, model, optimizer):
     torch.set_rng_state(tensors["rng/cpu"])
 
 
-def _fault(path):
-    """None when every file of the checkpoint `path` is as it was written, else what is wrong."""
+def _fault(path, names=None):
+    """None when the files `names` (default: all) of the checkpoint `path` are as they were
+    written, else what is wrong."""
     manifest = path / "state.json"
     try:
-        files = json.loads(manifest.read_text())["files"]
+        files = unseal(manifest.read_bytes())["files"]
+        for name in names or files:
+            file, size = path / name, (path / name).stat().st_size
+            expected = files[name]
+            if size != expected["bytes"]:
+                return f"{file} is damaged: expected {expected['bytes']} bytes, got {size}"
+            if _fingerprint(file) != expected:
+                return f"{file} is damaged: its checksum differs from the one in {manifest.name}"
     except OSError as error:
-        return f"{manifest} cannot be read: {error.strerror}"
-    except (ValueError, KeyError):
-        return f"{manifest} is damaged: expected JSON with an entry 'files'"
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{file} is damaged: expected {expected['bytes']} bytes, " \
-                   f"got {file.stat().st_size}"
-        if _fingerprint(file) != expected:
-            return f"{file} is damaged: its checksum differs from the one in {manifest.name}"
+        return f"{error.filename} cannot be read: {error.strerror}"
+    except ValueError as error:
+        return f"{manifest} is damaged: {error}"
     return None
 
 
@@ -207,10 +205,6 @@ def _remove(path):
     doomed = path.with_name(f"{_TEMP}{path.name}-old")
     path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _json(value):
-    return json.dumps(value, indent=1).encode()
 
 
 def _write(path, data):

@@ -8,7 +8,6 @@ Dimensions: B batch size, T seq_len.
 
 import functools
 import hashlib
-import json
 import random
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 
 from .errors import LlamaExtError
+from .files import unseal
 
-FORMAT = "llama_ext tokens 1"
+FORMAT = "llama_ext tokens 2"
 _DTYPES = {"uint16": "<u2", "uint32": "<u4"}  # on disk; always little-endian
 _RESUME_KEYS = ("data", "split", "seq_len", "seed", "shuffle")
 
@@ -29,9 +29,9 @@ def load_meta(folder):
     """
     path = Path(folder) / "meta.json"
     try:
-        meta = json.loads(path.read_bytes())
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise ValueError(f"expected format {FORMAT!r}")
+        meta = unseal(path.read_bytes())
+        if meta["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT!r}, got {meta['format']!r}")
     except FileNotFoundError:
         raise LlamaExtError(f"{folder}: no meta.json here, so no complete data set: expected a "
                             "folder written by `llama-ext prepare`") from None
@@ -48,13 +48,14 @@ def verify(folder):
     Raises LlamaExtError naming the first file that is missing, truncated or changed. (Opening a
     TokenLoader checks sizes only, which costs nothing; this reads everything once.)
     """
-    folder = Path(folder)
-    for name, expected in load_meta(folder)["files"].items():
-        _check_size(folder / name, expected["bytes"])
-        got = sha256(folder / name)
+    meta = load_meta(folder)
+    for name, expected in meta["files"].items():
+        path = Path(folder, meta["folder"], name)
+        _check_size(path, expected["bytes"])
+        got = sha256(path)
         if got != expected["sha256"]:
-            raise LlamaExtError(f"{folder / name}: damaged: expected sha256 "
-                                f"{expected['sha256'][:12]}..., got {got[:12]}...")
+            raise LlamaExtError(f"{path}: damaged: expected sha256 {expected['sha256'][:12]}..., "
+                                f"got {got[:12]}...; prepare the data again")
 
 
 def sha256(path):
@@ -89,7 +90,8 @@ class TokenLoader:
     folder: written by `prepare`; split: "train" or "val". Memory does not grow with the data.
     Raises LlamaExtError for a folder, shard or token id that is wrong, naming the file, and when
     the split is too short for one window.
-    Attributes: meta (dict of meta.json), vocab_size, num_tokens, num_windows (per epoch), epoch.
+    Attributes: meta (dict of meta.json), files (the folder of the shards, tokenizer.model and
+    val.txt), vocab_size, num_tokens, num_windows (per epoch), epoch.
     """
 
     def __init__(self, folder, split="train", batch_size=8, seq_len=256, seed=0, rank=0,
@@ -106,16 +108,12 @@ class TokenLoader:
         self.batch_size, self.seq_len, self.seed, self.shuffle = batch_size, seq_len, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.meta = load_meta(folder)
-        try:
-            self.vocab_size = self.meta["vocab_size"]
-            self._paths = [self.folder / name for name in self.meta[split]["shards"]]
-            sizes = [self.meta["files"][path.name]["bytes"] for path in self._paths]
-            dtype = np.dtype(_DTYPES[self.meta["dtype"]])
-            self._data = self.meta["fingerprint"]
-        except (KeyError, TypeError, AttributeError) as e:
-            raise LlamaExtError(f"{self.folder / 'meta.json'}: damaged: no valid {e}") from None
-        for path, size in zip(self._paths, sizes):
-            _check_size(path, size)
+        self.vocab_size = self.meta["vocab_size"]
+        self.files = self.folder / self.meta["folder"]
+        self._paths = [self.files / name for name in self.meta[split]["shards"]]
+        for path in self._paths:
+            _check_size(path, self.meta["files"][path.name]["bytes"])
+        dtype = np.dtype(_DTYPES[self.meta["dtype"]])
         self._shards = [np.memmap(path, dtype, mode="r") for path in self._paths]
         self._starts = np.cumsum([0, *(shard.size for shard in self._shards)])
         self.num_tokens = int(self._starts[-1])
@@ -184,7 +182,7 @@ class TokenLoader:
         self._position = position
 
     def _identity(self):
-        values = (self._data, self.split, self.seq_len, self.seed, self.shuffle)
+        values = (self.meta["fingerprint"], self.split, self.seq_len, self.seed, self.shuffle)
         return dict(zip(_RESUME_KEYS, values))
 
     def _window(self, i):

@@ -6,9 +6,9 @@ put at the end is not published.)
 
 Whole documents are held out for validation, chosen by a hash of seed and content, so the result
 depends on the contents and options only, not on paths or the order of the inputs. Everything is
-written in `out/.partial` and moved into place at the end, meta.json last: without it `out` is not
-a data set, and a run that fails leaves an earlier data set as it was. Memory is bounded by the
-list of files, the tokenizer's sample and one batch of text.
+written in `out/.partial`, which at the end becomes the folder that a new meta.json names: a run
+that fails or is killed leaves an earlier data set as it was. Memory is bounded by the list of
+files, the tokenizer's sample and one batch of text.
 """
 
 import codecs
@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import sysconfig
@@ -28,9 +29,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .data import FORMAT, load_meta, sha256
+from .data import FORMAT, load_meta, sha256, verify
 from .errors import LlamaExtError
-from .files import fsync_folder, write_atomically
+from .files import fsync_folder, seal, write_atomically
 from .tokenizer import TRAIN_CHARS, Tokenizer
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp",
@@ -55,12 +56,13 @@ def prepare(inputs, out, *, vocab_size=4096, tokenizer=None, val_fraction=0.02,
         it, the end of the largest is held out instead.
     shard_tokens: tokens per shard; ids are uint16 up to a vocabulary of 65,536, else uint32.
 
-    Writes tokenizer.model, train-00000.bin ..., val-00000.bin ..., val.txt (the held-out text, what
-    the val tokens encode) and meta.json: dtype, vocab_size, bos_id, eos_id; "train" and "val" with
-    documents, bytes (of text), tokens, shards; "skipped" counts; "files" with bytes and sha256 of
-    each; "fingerprint" of contents and options. When `out` already holds the same, nothing is done.
-    `progress` shows bars and notes on stderr. Raises LlamaExtError for bad input, unreadable files
-    and a full disk.
+    Writes tokenizer.model, train-00000.bin ..., val-00000.bin ... and val.txt (the held-out text,
+    what the val tokens encode) into a folder in `out`, and `out/meta.json`: "folder", its name;
+    dtype, vocab_size, bos_id, eos_id; "train" and "val" with documents, bytes (of text), tokens,
+    shards; "skipped" counts; "files" with bytes and sha256 of each; "fingerprint" of contents and
+    options. When `out` already holds the same, nothing is done. `progress` shows notes on stderr,
+    and bars where it is a terminal. Raises LlamaExtError for bad input, unreadable files and a full
+    disk.
     """
     if isinstance(inputs, (str, os.PathLike)):
         inputs = [inputs]
@@ -91,13 +93,13 @@ def prepare(inputs, out, *, vocab_size=4096, tokenizer=None, val_fraction=0.02,
                 tokenizer = Tokenizer.train(sample, partial / "tokenizer.model", vocab_size)
             else:
                 shutil.copyfile(model, partial / "tokenizer.model")
-            meta = {"format": FORMAT, "fingerprint": fingerprint, "seed": seed,
+            meta = {"format": FORMAT, "fingerprint": fingerprint, "folder": fingerprint[:12],
                     "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
                     "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
-                    "eos_id": tokenizer.eos_id, "skipped": skipped}
+                    "eos_id": tokenizer.eos_id, "skipped": skipped, "files": {}}
             total = sum(d.stop - d.start for d in train + val)
             with tqdm(desc="encoding", total=total, unit="B", unit_scale=True,
-                      disable=not progress) as bar:
+                      disable=None if progress else True) as bar:
                 for split, spans in (("train", train), ("val", val)):
                     meta[split] = _encode(spans, tokenizer, partial, split, meta["dtype"],
                                           shard_tokens, bar)
@@ -157,7 +159,7 @@ def _scan(paths, seed, progress):
     """Read every file once: the different texts in an order drawn from seed, and skipped counts."""
     documents, seen = [], set()
     skipped = {"not_text": 0, "empty": 0, "duplicate": 0}
-    with tqdm(desc="reading", unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(desc="reading", unit="B", unit_scale=True, disable=None if progress else True) as bar:
         for path in paths:
             size, digest = _read_whole(path)
             bar.update(size)
@@ -204,11 +206,10 @@ def _complete(out, fingerprint):
     """The meta of `out` when it is whole and of this fingerprint, else None."""
     try:
         meta = load_meta(out)
-        if meta["fingerprint"] == fingerprint and all(
-                (out / name).stat().st_size == file["bytes"]
-                for name, file in meta["files"].items()):
+        if meta["fingerprint"] == fingerprint:
+            verify(out)
             return meta
-    except (LlamaExtError, OSError, KeyError):
+    except LlamaExtError:
         pass
     return None
 
@@ -354,21 +355,16 @@ class _ShardWriter:
 
 
 def _publish(partial, out, meta):
-    """Checksum and sync the new files, move them into `out`, and write meta.json last."""
-    meta["files"] = {}
+    """Make the finished folder `partial` the data set of `out`: it is once meta.json names it."""
     for path in sorted(partial.iterdir()):
         with open(path, "rb") as f:
             os.fsync(f.fileno())
         meta["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    text = json.dumps(meta, indent=1) + "\n"
-    (partial / "meta.json").write_text(text)  # a disk with no room for it shows here
-    (out / "meta.json").unlink(missing_ok=True)
-    fsync_folder(out)
-    for pattern in ("train-*.bin", "val-*.bin"):
-        for old in out.glob(pattern):
-            old.unlink()
-    for name in meta["files"]:
-        os.replace(partial / name, out / name)
-    fsync_folder(out)
-    os.replace(partial / "meta.json", out / "meta.json")
-    fsync_folder(out)
+    fsync_folder(partial)
+    final = out / meta["folder"]
+    shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run killed before meta.json
+    os.rename(partial, final)
+    write_atomically(out / "meta.json", seal(meta))
+    for old in out.iterdir():
+        if re.fullmatch("[0-9a-f]{12}", old.name) and old != final:
+            shutil.rmtree(old)

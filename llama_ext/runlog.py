@@ -27,13 +27,21 @@ class RunLog:
         self.path = Path(run) / "metrics.jsonl"
         self.rows = [row for row in _read(self.path) if row["step"] <= last_step]
         write_atomically(self.path, "".join(map(_line, self.rows)).encode())
-        self._file = open(self.path, "a")
+        self._file = open(self.path, "ab", buffering=0)
 
     def add(self, **row):
-        """Append a row; it is with the operating system, safe from a kill, when this returns."""
+        """Append a row; it is with the operating system, safe from a kill, when this returns.
+
+        Raises LlamaExtError when it does not fit on the disk.
+        """
         self.rows.append(row)
-        self._file.write(_line(row))
-        self._file.flush()
+        line = _line(row).encode()
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise LlamaExtError(f"{self.path} cannot be written: {error.strerror}") from error
+        if written < len(line):
+            raise LlamaExtError(f"{self.path} cannot be written: the disk is full")
 
     def sync(self):
         """Make the rows durable, before a checkpoint that follows them."""

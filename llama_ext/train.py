@@ -9,6 +9,7 @@ import fcntl
 import gzip
 import lzma
 import math
+import shutil
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, memory
-from .data import TokenLoader
+from .data import TokenLoader, load_meta, verify
 from .errors import LlamaExtError
 from .info import info
 from .model import Llama, LlamaConfig
@@ -70,6 +71,11 @@ class TrainConfig:
         for name in ("batch_size", "grad_accum", "steps", "val_every", "save_every", "keep",
                      "log_every"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
+        self._expect("seq_len", self.seq_len is None or self.seq_len >= 1, "at least 1")
+        self._expect("seed", 0 <= self.seed < 1 << 63, "0 to 2^63 - 1")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            self._expect(name, value is None or 0 <= value < 1, "at least 0 and below 1")
         for name in ("lr", "grad_clip"):
             self._expect(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
         self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number >= 0")
@@ -93,21 +99,28 @@ class TrainConfig:
 class Trainer:
     """One run: builds everything from a TrainConfig, resumes where the run folder stands, trains.
 
-    Only one process at a time may hold a run folder. Raises LlamaExtError for data, checkpoints
-    and run folders that do not fit, ValueError for options that do not.
+    Only one process at a time may hold a run folder. The data's checksums are compared when a run
+    begins; when it resumes, only sizes. Raises LlamaExtError for data, checkpoints and run folders
+    that do not fit, ValueError for options that do not.
     """
 
     def __init__(self, config):
         memory.reuse_freed_memory()
         self.config = config
         self.run_dir = Path(config.run)
+        model_config = config.model_config(load_meta(config.data)["vocab_size"])
+        seq_len = model_config.max_seq_len
+        self.val = TokenLoader(config.data, "val", config.batch_size, seq_len)
+        self.loader = TokenLoader(config.data, "train", config.batch_size, seq_len,
+                                  seed=config.seed)
+        for loader, least in ((self.val, 2), (self.loader, seq_len + 1)):
+            if loader.num_tokens < least:
+                raise LlamaExtError(f"{config.data}: the {loader.split} split must have at least "
+                                    f"{least} tokens, got {loader.num_tokens}")
+        self._tokenizer = (self.loader.files / "tokenizer.model").read_bytes()
         self._lock = _lock(self.run_dir)
         torch.manual_seed(config.seed)
-        self.val = TokenLoader(config.data, "val", config.batch_size,
-                               config.seq_len or LlamaConfig.preset(config.preset).max_seq_len)
-        self.loader = TokenLoader(config.data, "train", config.batch_size, self.val.seq_len,
-                                  seed=config.seed)
-        self.model = Llama(config.model_config(self.loader.vocab_size))
+        self.model = Llama(model_config)
         self.optimizer = build_optimizer(
             self.model, config.optimizer, lr=config.lr, beta1=config.beta1, beta2=config.beta2,
             weight_decay=config.weight_decay)
@@ -116,9 +129,10 @@ class Trainer:
         self.val_bytes = self.val.meta["files"]["val.txt"]["bytes"]
         self.step = 0
         self._saved_step = 0
-        newest = checkpoint.latest(self.run_dir)
-        if newest:
+        if newest := checkpoint.latest(self.run_dir):
             self._resume(newest)
+        else:
+            verify(config.data)  # reads all of it, so only once a run
         self.log = RunLog(self.run_dir, self.step)
 
     def train(self):
@@ -128,8 +142,9 @@ class Trainer:
         process at once. Raises LlamaExtError when the loss is not finite, before the update.
         """
         config = self.config
+        width, height = shutil.get_terminal_size()  # 80, 24 where it is unknown
         with _StopSignal() as stop, tqdm(total=config.steps, initial=self.step, disable=None,
-                                         unit="step", dynamic_ncols=True) as bar:
+                                         unit="step", ncols=width, nrows=height) as bar:
             while True:
                 if self._is_due(config.val_every) and not self._is_validated():
                     self._validate(stop, bar)
@@ -228,16 +243,15 @@ class Trainer:
         state = {"identity": self._identity(), "options": self._options(),
                  "loader": self.loader.state_dict()}
         checkpoint.save(self.run_dir, self.step, self.model, self.optimizer, state,
-                        tokenizer=Path(self.config.data) / "tokenizer.model",
-                        keep=self.config.keep)
+                        tokenizer=self._tokenizer, keep=self.config.keep)
         self._saved_step = self.step
 
     def _resume(self, path):
-        _, state = checkpoint.read_state(path)
+        self.step, state = checkpoint.read_state(path)
         if changes := _changes(state["identity"], self._identity()):
             raise LlamaExtError(f"{path} cannot be resumed: it has {changes}; give the same "
                                 "options and data, or another --run")
-        self.step, _ = checkpoint.load(path, self.model, self.optimizer)
+        checkpoint.load(path, self.model, self.optimizer)
         self._saved_step = self.step
         self.loader.load_state_dict(state["loader"])
         changes = _changes(state["options"], self._options())
@@ -291,7 +305,7 @@ def compression(path):
 
 def _report(trainer):
     val = trainer.log.validation()
-    others = compression(Path(trainer.config.data) / "val.txt")
+    others = compression(trainer.loader.files / "val.txt")
     result = {"step": trainer.step, "signal": None, "val_loss": val["val_loss"],
               "val_bits_per_byte": val["val_bits_per_byte"],
               "gzip_bits_per_byte": others["gzip"], "xz_bits_per_byte": others["xz"],
@@ -340,6 +354,8 @@ def _lock(run_dir):
     except BlockingIOError:
         file.close()
         raise LlamaExtError(f"{run_dir} is in use: another process trains in it") from None
+    except OSError:
+        pass  # a file system without locks
     return file
 
 

@@ -80,7 +80,8 @@ void scores_of(Acc<E>* scores, const Acc<E>* keys, const Acc<E>* queries, int64_
     for (int64_t m = n; m < n + kTileRows; m++) {
       const bool exists = j0 + m < s.S;
       const int64_t from = exists ? clamp(s.first_query(j0 + m) - i0, 0, kStrip) : kStrip;
-      const int64_t to = exists ? clamp(least(s.end_query(j0 + m) - i0, rows), from, kStrip) : kStrip;
+      const int64_t end = exists ? least(s.end_query(j0 + m) - i0, rows) : kStrip;
+      const int64_t to = clamp(end, from, kStrip);
       A* row = scores + m * kStrip;
       for (int64_t r = 0; r < from; r++) row[r] = hidden;
       for (int64_t r = to; r < kStrip; r++) row[r] = hidden;

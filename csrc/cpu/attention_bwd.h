@@ -217,7 +217,9 @@ void attention_delta(Acc<T>* delta, const T* dout, const int64_t* stride, const 
         const T* grad = dout + (a.cu_q ? 0 : b * stride[0]) + t * stride[1] + h * stride[2];
         const T* out = o + (token * a.H + h) * a.D;
         Vec<Acc<T>> dot{};
-        for_each_vec<Acc<T>>(a.D, [&](int64_t d, auto n) { dot += load(grad + d, n) * load(out + d, n); });
+        for_each_vec<Acc<T>>(a.D, [&](int64_t d, auto n) {
+          dot += load(grad + d, n) * load(out + d, n);
+        });
         const int64_t at = (b * a.H + h) * a.T + t;
         delta[at] = sum(dot) - (dlse ? dlse[at] : 0);
       }

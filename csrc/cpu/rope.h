@@ -68,7 +68,8 @@ Status rope(void* y, const void* x, Rows x_rows, const void* cos, const void* si
     using T = decltype(t);
     using W = decltype(w);
     const int64_t tokens = x_rows.size[1], H = x_rows.size[2];
-    parallel_for(stream, x_rows.size[0] * tokens, grain_rows(H * D), [&](int64_t begin, int64_t end) {
+    const int64_t rows = x_rows.size[0] * tokens;
+    parallel_for(stream, rows, grain_rows(H * D), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = i / tokens, position = i % tokens;
         const int64_t at = b * table_stride[0] + position * table_stride[1];

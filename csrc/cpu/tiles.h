@@ -1,8 +1,8 @@
 // Small matrix products out of packed blocks: what attention is made of.
 //
 // A product C = A B runs over the "units" of its inner dimension: one number of the accumulation
-// type, or, where the CPU multiplies pairs of bf16 (vdpbf16ps), two neighbouring bf16 in the bits of
-// one float. A is (rows, K units), B is (K units, columns), C (rows, columns) of the accumulation
+// type, or, where the CPU multiplies pairs of bf16 (vdpbf16ps), two neighbouring bf16 in the bits
+// of one float. A is (rows, K units), B is (K units, columns), C (rows, columns) of the accumulation
 // type; rows come in groups of kTileRows, columns in vectors, and what is beyond the data is zero.
 //
 // Rows X (n, D) of a tensor become operands in three ways:
@@ -112,7 +112,8 @@ void accumulate(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<
 
 // out (padded rows, ld units) = lines of x, whose n rows of D lie `stride` apart.
 template <class E, class T>
-void lines(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, int64_t n, int64_t D) {
+void lines(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, int64_t n,
+           int64_t D) {
   for (int64_t i = 0; i < padded; i++) {
     Acc<E>* line = out + i * ld;
     if (i >= n) {
@@ -121,7 +122,9 @@ void lines(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, 
       memcpy(line, x + i * stride, D * sizeof(T));
       memset(reinterpret_cast<T*>(line) + D, 0, ld * sizeof(Acc<E>) - D * sizeof(T));
     } else {
-      for_each_vec<Acc<E>>(D, [&](int64_t j, auto w) { store(line + j, load(x + i * stride + j, w), w); });
+      for_each_vec<Acc<E>>(D, [&](int64_t j, auto w) {
+        store(line + j, load(x + i * stride + j, w), w);
+      });
       for (int64_t j = D; j < ld; j++) line[j] = 0;
     }
   }
@@ -153,7 +156,8 @@ template <class E> inline Vec<Acc<E>> line(Vec<Acc<E>> a, [[maybe_unused]] Vec<A
 
 // out (padded / kUnit, ld) = pairs of x, whose n rows of D lie `stride` apart.
 template <class E, class T>
-void pairs(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, int64_t n, int64_t D) {
+void pairs(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, int64_t n,
+           int64_t D) {
   using A = Acc<E>;
   for (int64_t i = 0; i < padded; i += kUnit<E>) {
     A* line = out + i / kUnit<E> * ld;

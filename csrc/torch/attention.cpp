@@ -6,7 +6,7 @@ namespace {
 constexpr const char* kOp = "attention";
 using MaybeTensor = std::optional<Tensor>;
 
-// cu_seqlens of queries or keys: rising offsets from 0 to `total`. Their order is checked on the CPU.
+// cu_seqlens of queries or keys: rising offsets from 0 to `total`. Values are checked on the CPU.
 void check_offsets(const char* arg, const Tensor& cu, int64_t total, const Tensor& q) {
   check(cu.dim() == 1 && cu.size(0) >= 1, kOp, ": ", arg, ": expected shape (sequences + 1,), got ",
         shape_text(cu));
@@ -39,7 +39,8 @@ struct Inputs {
           packed ? " with" : " without", " cu_seqlens, got ", shape_text(q_in));
     const int64_t heads = dims - 2, token = dims - 3;
     const int64_t B = packed ? cu_q->size(0) - 1 : q_in.size(0), D = q_in.size(dims - 1);
-    const bool fits = k_in.dim() == dims && (packed || k_in.size(0) == B) && k_in.size(dims - 1) == D;
+    const bool fits =
+        k_in.dim() == dims && (packed || k_in.size(0) == B) && k_in.size(dims - 1) == D;
     check(fits, kOp, ": k: expected shape ", packed ? "(N" : "(", packed ? "" : std::to_string(B),
           packed ? ", Hkv, " : ", S, Hkv, ", D, "), got ", shape_text(k_in));
     const int64_t H = q_in.size(heads), Hkv = k_in.size(heads);

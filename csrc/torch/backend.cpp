@@ -144,8 +144,11 @@ std::string cpu_isa(std::string name) {
 std::string cpu_isas() {
   if (routed_to()) return cpu_table()->name;
   std::string names;
-  for (const Isa& isa : kIsas)
-    if (isa.present()) names += (names.empty() ? "" : " ") + std::string(isa.name);
+  for (const Isa& isa : kIsas) {
+    if (!isa.present()) continue;
+    if (!names.empty()) names += ' ';
+    names += isa.name;
+  }
   return names;
 }
 

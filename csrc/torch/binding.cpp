@@ -28,7 +28,8 @@ const char* dtype_text(ScalarType dtype) {
 void Backend::check_status(Status status) const {
   check(status != kUnsupported, op, ": ", kernels->name,
         " has no kernel for these dtypes and sizes");
-  check(status != kOutOfMemory, op, ": ", kernels->name, " could not allocate its scratch memory");
+  check(status != kOutOfMemory, op, ": ", kernels->name,
+        " can't allocate memory for its intermediate results");
   check(status == kOk, op, ": ", kernels->name, " failed to launch",
         kernels->last_error ? std::string(": ") + kernels->last_error() : "");
 }

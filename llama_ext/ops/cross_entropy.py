@@ -44,7 +44,8 @@ class _CrossEntropy(torch.autograd.Function):
     @single_backward("cross_entropy")
     def backward(ctx, dmean):
         logits, target, lse, inv_count = ctx.saved_tensors
-        return cross_entropy_bwd(dmean * inv_count, logits, target, lse, ctx.ignore_index), None, None
+        dlogits = cross_entropy_bwd(dmean * inv_count, logits, target, lse, ctx.ignore_index)
+        return dlogits, None, None
 
 
 def cross_entropy(logits, target, ignore_index=-100):

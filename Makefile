@@ -1,0 +1,45 @@
+# make demo   train a LLaMA of 10M parameters on the Python standard library's sources
+# make test   run every test
+# make bench  time the ops beside their peers
+# make clean  remove what these made
+#
+# Each sets up all it needs in .venv. TORCH chooses another torch: make test TORCH=torch==2.14.1
+
+PYTHON ?= python3
+TORCH ?= $(if $(shell nvidia-smi 2>/dev/null),torch,torch==2.13.0)
+bin := .venv/bin
+data := out/data
+run := out/run
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+demo: $(bin)/built
+	$(bin)/llama-ext prepare stdlib --out $(data)
+	$(bin)/llama-ext train --data $(data) --run $(run) --preset tiny --seq-len 128 --batch-size 4 \
+	  --lr 1.5e-3 --steps 2400 --val-every 400 --save-every 200 --log-every 100
+	@echo 'a sample of what it writes:'
+	@$(bin)/llama-ext generate --run $(run) --prompt 'def main(' --seed 1
+
+test: $(bin)/built
+	$(bin)/python -m pytest -q
+
+bench: $(bin)/built
+	$(bin)/python -m benchmarks run
+
+clean:
+	rm -rf .venv build out llama_ext.egg-info llama_ext/_C.so
+
+# The package itself, editable and built against the torch that is there.
+$(bin)/built: $(bin)/torch pyproject.toml setup.py $(shell find csrc -type f)
+	$(bin)/pip install -q --no-build-isolation -e '.[train,test]'
+	@touch $@
+
+$(bin)/torch:
+	@$(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo 'make: expected Python 3.10 or newer with venv, got $(PYTHON)'; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || \
+	  { echo 'make: expected a C++20 compiler in CXX or on PATH, got $(CXX)'; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(bin)/pip install -q '$(TORCH)' setuptools wheel
+	@touch $@
+
+.PHONY: demo test bench clean
