@@ -57,8 +57,7 @@ print(sentence(lx.rmsnorm, torch.from_numpy(np.ones((2, 64), np.float32)), w))
 """).stdout.splitlines()
     assert "reads uninitialised global memory" in done[0]
     assert "thread (15, 1, 0)" in done[1] and "reads uninitialised global memory" in done[1]
-    assert done[2:4] == ["no error"] * 2
-    assert "out of bounds" in done[4]  # not torch's own memory: the kernel may not touch it
+    assert done[2:] == ["no error"] * 3  # the last: memory of numpy's
     assert done[0].startswith("rmsnorm: CUDA 800 failed to launch: kernel ")
 
 

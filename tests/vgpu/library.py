@@ -82,7 +82,7 @@ def library():
 
 def activate():
     """From now on CPU tensors are served by the CUDA kernels on the virtual A100. To be called
-    before the first op. Tensors made earlier lie in memory that the kernels may not touch."""
+    before the first op. The bounds of tensors made earlier are not known."""
     os.environ["LLAMA_EXT_CPU_TENSORS_TO"] = str(library())
     _loaded().vgpu_own_torch_memory()
 

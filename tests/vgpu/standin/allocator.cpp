@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <map>
 #include <mutex>
 
@@ -56,6 +57,21 @@ void look_for_writes(const char* data, Block& b) {
   }
 }
 
+// Where the mapping that holds p ends; p itself if nothing is mapped there. Sizes and strides are
+// told by being small.
+char* mapping_end(char* p) {
+  if (reinterpret_cast<uint64_t>(p) < uint64_t{1} << 32) return p;
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    const size_t dash = line.find('-');
+    const auto begin = std::stoull(line.substr(0, dash), nullptr, 16);
+    const auto end = std::stoull(line.substr(dash + 1), nullptr, 16);
+    const auto at = reinterpret_cast<uint64_t>(p);
+    if (at >= begin && at < end) return reinterpret_cast<char*>(end);
+  }
+  return p;
+}
+
 }  // namespace
 
 void* allocate(size_t bytes) {
@@ -85,10 +101,16 @@ LentMemory::LentMemory(Device& device, const std::vector<const void*>& pointers)
   const std::lock_guard guard(lock);
   for (const void* p : pointers) {
     auto* at = static_cast<char*>(const_cast<void*>(p));
-    auto found = blocks().upper_bound(at);
-    if (found == blocks().begin()) continue;
-    auto& [data, block] = *--found;
-    if (at >= data + block.bytes) continue;
+    const auto next = blocks().upper_bound(at);
+    const auto found = next == blocks().begin() ? blocks().end() : std::prev(next);
+    if (found == blocks().end() || at >= found->first + found->second.bytes) {
+      // Not torch's own: a number, or memory of numpy's or of a checkpoint, whose size is unknown.
+      char* end = mapping_end(at);
+      if (next != blocks().end()) end = std::min(end, next->first);
+      if (end > at) device.add_memory(at, size_t(end - at), true), foreign_.push_back(at);
+      continue;
+    }
+    auto& [data, block] = *found;
     if (std::find(lent_.begin(), lent_.end(), data) != lent_.end()) continue;
     lent_.push_back(data);
     if (!block.written) look_for_writes(data, block);
@@ -103,6 +125,7 @@ LentMemory::LentMemory(Device& device, const std::vector<const void*>& pointers)
 
 LentMemory::~LentMemory() {
   const std::lock_guard guard(lock);
+  for (char* data : foreign_) device_.remove_memory(data);
   for (char* data : lent_) {
     Block& block = blocks()[data];
     if (!block.written) device_.read_marks(data, block.bytes, block.marks.data());

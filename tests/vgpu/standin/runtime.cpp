@@ -1,7 +1,7 @@
 // A stand-in for the CUDA runtime: object files that nvcc made link against it instead of cudart,
 // and every launch runs on the virtual A100. Part of the test library only (see ../library.py).
 //
-// A kernel may touch the allocations (allocator.h) that its arguments point into, nothing else.
+// A kernel may touch the memory (allocator.h) that its arguments point into, nothing else.
 // What it does wrong comes back as the launch's error text.
 #include <cstring>
 #include <mutex>
