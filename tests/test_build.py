@@ -50,7 +50,10 @@ def test_the_sdist_builds_a_wheel_for_every_python_and_torch(sources, tmp_path):
         archive.extractall(tmp_path)
         names = archive.namelist()
     modules = [str(path.relative_to(ROOT)) for path in ROOT.glob("llama_ext/**/*.py")]
-    assert set(modules) | {"llama_ext/_C.so"} == {n for n in names if n.startswith("llama_ext/")}
+    libraries = {"llama_ext/_C.so"}
+    if subprocess.run([sys.executable, ROOT / "csrc/cuda/nvcc.py"]).returncode == 0:
+        libraries.add("llama_ext/libllama_ext_cuda.so")
+    assert {*modules, *libraries} == {n for n in names if n.startswith("llama_ext/")}
     symbols = subprocess.run(["nm", "-D", "--undefined-only", tmp_path / "llama_ext/_C.so"],
                              text=True, check=True, stdout=subprocess.PIPE).stdout.split()
     unstable = [s for s in symbols if s.startswith("_Z") and ("c10" in s or "2at" in s)

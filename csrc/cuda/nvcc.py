@@ -1,4 +1,5 @@
-"""Finds nvcc and says how it compiles and links the CUDA library; for setup.py and the tests."""
+"""Finds nvcc and says how it compiles and links the CUDA library; for setup.py and the tests. As a
+script: exit code 0 when there is an nvcc."""
 
 import functools
 import os
@@ -62,3 +63,7 @@ def compile_command(source, target):
 def link_command(objects, target):
     return [*find(), "-shared", "-cudart=static", *map(str, objects), "-o", str(target),
             "-Xlinker=--exclude-libs,ALL"]
+
+
+if __name__ == "__main__":
+    sys.exit(find() is None)
