@@ -1,14 +1,13 @@
 """Planted faults, compiled by nvcc: each is reported with kernel, block, thread and PTX line; its
 correct twin (the same source with PLANT=0) runs without complaint and gives the right result."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vgpu
+from vgpu.library import compile_ptx
 
 SOURCE = Path(__file__).with_name("vgpu_faults.cu")
 X = np.arange(1, 1025, dtype=np.float32)
@@ -24,16 +23,8 @@ def i32(n=1024):
 
 
 @pytest.fixture(scope="module")
-def modules(tmp_path_factory):
-    nvcc = shutil.which("nvcc")
-    assert nvcc, ("nvcc is not on PATH; pip install nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt "
-                  "nvidia-cuda-runtime nvidia-cuda-cccl gives one")
-    folder = tmp_path_factory.mktemp("faults")
-    flags = ["-std=c++17", "-arch=compute_80", "-ptx", "-lineinfo"]
-    running = [subprocess.Popen([nvcc, *flags, f"-DPLANT={plant}", str(SOURCE),
-                                 "-o", str(folder / f"{plant}.ptx")]) for plant in (0, 1)]
-    assert [r.wait() for r in running] == [0, 0]
-    return [(folder / f"{plant}.ptx").read_text() for plant in (0, 1)]
+def modules():
+    return [compile_ptx(SOURCE, "-lineinfo", f"-DPLANT={plant}") for plant in (0, 1)]
 
 
 def shifted(x):

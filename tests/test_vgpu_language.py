@@ -1,28 +1,22 @@
 """What nvcc makes of the CUDA language runs on the virtual A100 and gives what numpy gives."""
 
 import math
-import shutil
 import struct
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vgpu
+from vgpu.library import compile_ptx
 
 X = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
 I = np.arange(64)
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory):
-    nvcc = shutil.which("nvcc")
-    assert nvcc, "nvcc is not on PATH"
-    ptx = tmp_path_factory.mktemp("language") / "language.ptx"
-    subprocess.run([nvcc, "-std=c++17", "-arch=compute_80", "-ptx", "-o", str(ptx),
-                    str(Path(__file__).with_name("vgpu_language.cu"))], check=True)
-    return vgpu.Device(seed=2).load_ptx(ptx.read_text())
+def module():
+    return vgpu.Device(seed=2).load_ptx(compile_ptx(Path(__file__).with_name("vgpu_language.cu")))
 
 
 def near(got, expected, unit):

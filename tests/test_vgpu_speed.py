@@ -1,8 +1,6 @@
 """How fast the virtual A100 is with every check on: warp instructions per second of CPU time on one
 core, printed at the end of the run. The floor is far below what an idle machine gives."""
 
-import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 
 from test_vgpu_triton import compile_kernel, encode, matmul_kernel, normal
 from vgpu import Device
+from vgpu.library import compile_ptx
 
 FLOOR = 3e6
 
@@ -41,15 +40,11 @@ def test_matmul(summary):
     assert speed > FLOOR
 
 
-def test_rows(summary, tmp_path):
-    nvcc = shutil.which("nvcc")
-    assert nvcc, "nvcc is not on PATH"
-    ptx = tmp_path / "speed.ptx"
-    subprocess.run([nvcc, "-std=c++17", "-arch=compute_80", "-ptx",
-                    str(Path(__file__).with_name("vgpu_speed.cu")), "-o", str(ptx)], check=True)
+def test_rows(summary):
+    ptx = compile_ptx(Path(__file__).with_name("vgpu_speed.cu"))
     x, w = normal(512, 4096, dtype="bf16"), normal(4096, dtype="bf16")
     y = np.zeros_like(x)
-    speed, _, stats = rate(Device(threads=1).load_ptx(ptx.read_text()), "normalise", 512, 256,
+    speed, _, stats = rate(Device(threads=1).load_ptx(ptx), "normalise", 512, 256,
                            [y, x, w, 1e-5])
     rows = (x.astype(np.uint32) << 16).view(np.float32)
     expected = rows / np.sqrt((rows ** 2).mean(-1, keepdims=True) + 1e-5) * \

@@ -52,13 +52,24 @@ def _cached(suffix, command, inputs, folder=FOLDER):
     return output
 
 
-def kernel_object(source):
-    """An object file with machine code for sm_80 and its PTX as plain text."""
+def _nvcc_command():
     if nvcc.find() is None:
         raise RuntimeError(f"vgpu: {nvcc.ABSENT}")
+    return nvcc.find()
+
+
+def compile_ptx(source, *flags):
+    """The text of the PTX that nvcc makes of a CUDA file for compute_80."""
+    return _cached(".ptx", lambda out: [
+        *_nvcc_command(), "-std=c++17", "-arch=compute_80", "-ptx", *flags, str(source),
+        "-o", str(out)], [source]).read_text()
+
+
+def kernel_object(source):
+    """An object file with machine code for sm_80 and its PTX as plain text."""
     headers = [CSRC / "api.h", *sorted((CSRC / "cuda").glob("*.cuh"))]
     return _cached(".cu.o", lambda out: [
-        *nvcc.find(), *nvcc.FLAGS, *nvcc.compress_none(),
+        *_nvcc_command(), *nvcc.FLAGS, *nvcc.compress_none(),
         f"-gencode=arch=compute_80,code={CODE}", "-c", str(source), "-o", str(out)],
         [source, *headers])
 
