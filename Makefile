@@ -10,7 +10,7 @@ TORCH ?= $(if $(shell nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 bin := .venv/bin
 data := out/data
 run := out/run
-vgpu_tests := $(addprefix tests/test_,rmsnorm.py cuda_rmsnorm.py contract.py registration.py layers.py)
+vgpu_tests := $(patsubst %,tests/test_%.py,rmsnorm cuda_rmsnorm contract registration layers)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 demo: $(bin)/built

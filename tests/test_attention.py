@@ -13,8 +13,8 @@ every_mask = pytest.mark.parametrize("mask", MASKS)
 
 # B, T, S, H, Hkv, D
 SHAPES = [(1, 1, 70, 2, 1, 8), (2, 7, 7, 2, 1, 16), (1, 130, 130, 2, 2, 64), (2, 65, 200, 4, 2, 40),
-          (1, 200, 65, 2, 1, 33), (1, 300, 300, 1, 1, 128), (1, 2, 77, 3, 3, 24), (1, 5, 3, 1, 1, 1),
-          (2, 64, 128, 1, 1, 192)]
+          (1, 200, 65, 2, 1, 33), (1, 300, 300, 1, 1, 128), (1, 2, 77, 3, 3, 24),
+          (1, 5, 3, 1, 1, 1), (2, 64, 128, 1, 1, 192)]
 
 
 def check(q, k, v, **kwargs):
@@ -96,7 +96,7 @@ def test_queries_that_see_nothing(isa, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_query_that_sees_one_key(dtype):
-    """Its weight is 1 whatever the score: o is v, and no gradient but that of rounding reaches q."""
+    """Its weight is 1 whatever the score: o is v, and only rounding gives q a gradient."""
     q, k, v = (t.requires_grad_() for t in inputs(2, 5, 1, 2, 2, 16, dtype))
     o = lx.attention(q, k, v, causal=False)
     dout = randn(*o.shape, dtype=dtype)
@@ -191,7 +191,8 @@ def bad(sentence, q=(1, 5, 4, 8), k=(1, 5, 2, 8), v=None, dtypes=(torch.float32,
     bad("cu_seqlens: expected an int32 or int64 tensor, or one for queries and one for keys, "
         "got [\\w, ]+", q=(5, 4, 8), k=(5, 2, 8), cu_seqlens=[[0, 5], [0, 5]]),
     bad("cu_seqlens: expected an int32 or int64 tensor, or one for queries and one for keys, "
-        "got torch.float32, torch.float32", q=(5, 4, 8), k=(5, 2, 8), cu_seqlens=torch.tensor([0.0, 5.0])),
+        "got torch.float32, torch.float32", q=(5, 4, 8), k=(5, 2, 8),
+        cu_seqlens=torch.tensor([0.0, 5.0])),
     bad("cu_seqlens: expected rising offsets, got 4 before 3", q=(5, 4, 8), k=(5, 2, 8),
         cu_seqlens=torch.tensor([0, 4, 3, 5])),
     bad("cu_seqlens: expected offsets from 0 to 5, the tokens, got 0 to 6", q=(5, 4, 8),

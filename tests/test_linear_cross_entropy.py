@@ -17,7 +17,7 @@ def case(rows, C, V, dtype, ignored=0):
 
 def check_lce(hidden, weight, target):
     """With a loss gradient of 1: the gradients of single logits are rounded before it reaches them,
-    in PyTorch after, and near -1 / rows they all round alike, so another factor rounds otherwise."""
+    in PyTorch after; near -1 / rows they all round alike, so another factor rounds otherwise."""
     check_op(lx.linear_cross_entropy, lx.ref.linear_cross_entropy, hidden, weight, target,
              dtype=hidden.dtype, cotangent_layout=torch.ones_like)
 

@@ -1,4 +1,4 @@
-"""The model against transformers' LlamaForCausalLM, and what the trainer and generator ask of it."""
+"""The model against transformers' LlamaForCausalLM, and what trainer and generator ask of it."""
 
 import copy
 import dataclasses

@@ -74,7 +74,8 @@ def test_bad_residual_is_one_sentence():
     with pytest.raises(RuntimeError, match=r"^rmsnorm_residual: residual: expected the shape of x, "
                                            r"\(2, 3\), got \(3, 3\)$"):
         lx.rmsnorm_residual(x, randn(3, 3), w)
-    with pytest.raises(RuntimeError, match="residual: expected the dtype of x, float32, got float16"):
+    sentence = "residual: expected the dtype of x, float32, got float16"
+    with pytest.raises(RuntimeError, match=sentence):
         lx.rmsnorm_residual(x, x.half(), w)
     with pytest.raises(RuntimeError, match="^rmsnorm: eps: expected a number >= 0, got -1$"):
         lx.rmsnorm(x, w, -1)

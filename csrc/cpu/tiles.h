@@ -2,7 +2,7 @@
 //
 // A product C = A B runs over the "units" of its inner dimension: one number of the accumulation
 // type, or, where the CPU multiplies pairs of bf16 (vdpbf16ps), two neighbouring bf16 in the bits
-// of one float. A is (rows, K units), B is (K units, columns), C (rows, columns) of the accumulation
+// of one float. A is (rows, K units), B (K units, columns), C (rows, columns) of the accumulation
 // type; rows come in groups of kTileRows, columns in vectors, and what is beyond the data is zero.
 //
 // Rows X (n, D) of a tensor become operands in three ways:

@@ -1,6 +1,6 @@
 """The output layer and its cross-entropy in one, without ever holding all logits.
 
-The rows are taken in chunks of at most CHUNK_BYTES of logits: one matmul makes a chunk's logits, one
+The rows come in chunks of at most CHUNK_BYTES of logits: one matmul makes a chunk's logits, one
 kernel their losses, one overwrites them with their gradient, and two matmuls turn that into the
 gradients of hidden and weight. So the whole backward happens in the forward sweep, and backward()
 only multiplies by a factor, the gradient of the loss. For fp16 the mean's 1 / count is part of that
