@@ -13,7 +13,7 @@ from pathlib import Path
 ARCHS = os.environ.get("LLAMA_EXT_CUDA_ARCHS", "80;86;89;90")
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 SOURCES = sorted(Path(__file__).parent.glob("*.cu"))
-ABSENT = ("no nvcc was found, so that the CUDA kernels are not built: put CUDA 12.4 or newer on "
+ABSENT = ("no nvcc was found, so that the CUDA kernels are not built: put that of CUDA 13 on "
           "PATH or in CUDA_HOME, or get it from PyPI with `pip install '.[nvcc]'`, and build again")
 
 
