@@ -86,19 +86,20 @@ __global__ void __launch_bounds__(kLanes* kWarps, kBlocksPerSM)
 #pragma unroll
       for (int n = 0; n < kBatch; n++) {
         const int h = first + n * step;
-        if (h >= H + Hkv) break;
-        r_x[n].load_from(h < H ? q + h * q_rows.stride[2] : k + (h - H) * k_rows.stride[2], u, D);
+        if (h < H + Hkv)
+          r_x[n].load_from(h < H ? q + h * q_rows.stride[2] : k + (h - H) * k_rows.stride[2], u, D);
       }
 #pragma unroll
       for (int n = 0; n < kBatch; n++) {
         const int h = first + n * step;
         if (h >= H + Hkv) break;
+        U r_y;
         for (int i = 0; i < kPairs; i++) {
-          const A x = to_acc(r_x[n].a(i)), y = to_acc(r_x[n].b(i));
-          r_x[n].a(i) = round_to<T>(x * r_cos[i] - y * r_sin[i]);
-          r_x[n].b(i) = round_to<T>(x * r_sin[i] + y * r_cos[i]);
+          const A a = to_acc(r_x[n].a(i)), b = to_acc(r_x[n].b(i));
+          r_y.a(i) = round_to<T>(a * r_cos[i] - b * r_sin[i]);
+          r_y.b(i) = round_to<T>(a * r_sin[i] + b * r_cos[i]);
         }
-        r_x[n].store_to(h < H ? q_out + h * D : k_out + (h - H) * D, u, D);
+        r_y.store_to(h < H ? q_out + h * D : k_out + (h - H) * D, u, D);
       }
     }
   }
