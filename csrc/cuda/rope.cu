@@ -14,7 +14,7 @@ namespace lx {
 namespace {
 
 constexpr int kLanes = 32, kWarps = 4;  // of a block
-constexpr int kBlocksPerSM = 8;         // so that ptxas gives each thread at most 64 registers
+constexpr int kBlocksPerSM = 6;         // so that ptxas gives each thread at most 80 registers
 
 // The pairs (a, b) of one unit, moved kN elements at a time.
 template <class T, int kN, bool kInterleaved> struct Unit {
@@ -41,8 +41,8 @@ template <class T, int kN, bool kInterleaved> struct Unit {
 //
 // Grid: a warp for each token and split, kWarps to a block. Block: kLanes x kWarps threads.
 //
-// Loads in flight: 1024 threads an SM (64 registers), each of which asks for 4 vectors of 16 bytes
-// (of 4 heads, or of 2 where pairs are halves) before it uses the first: 64 KB per SM.
+// Loads in flight: 768 threads an SM (80 registers), each of which asks for 4 vectors of 16 bytes
+// (of 4 heads, or of 2 where pairs are halves) before it uses the first: 48 KB per SM.
 template <class T, class W, int kN, bool kInterleaved>
 __global__ void __launch_bounds__(kLanes* kWarps, kBlocksPerSM)
     rope_kernel(T* __restrict__ q_out,      // (B, T, H, D)
