@@ -15,6 +15,7 @@ in flight  KiB of loads an SM waits for at once: threads that it holds by regist
 """
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Callable
@@ -26,7 +27,7 @@ C, F, H, D, V = 4096, 11008, 32, 128, 32000  # LLaMA 7B
 NO_OPTIONS = -100, 0.0, 0.0  # ignore_index, label_smoothing, z_loss
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Case:
     op: str
     direction: str
@@ -121,8 +122,7 @@ class Counts:
     sectors: float
     shared: float | None
     per_kib: float
-    registers: int
-    in_flight: float  # KiB
+    launch: dict  # of the kernel that moves the most
 
 
 def _vgpu():
@@ -135,8 +135,8 @@ def _vgpu():
     return library, machine_code
 
 
-def _static(launch):
-    """(registers, KiB of loads in flight) of a launch's kernel."""
+def registers_and_loads_in_flight(launch):
+    """Of a launch's kernel; loads in KiB."""
     library, machine_code = _vgpu()
     for source in library.nvcc.SOURCES:
         known = machine_code.resources(library.CSRC / "cuda" / source.name)
@@ -148,6 +148,7 @@ def _static(launch):
     return found["registers"], threads * machine_code.loads_in_flight(code) * 16 / 1024
 
 
+@functools.cache
 def count(case):
     """Runs a case on the virtual A100."""
     library, _ = _vgpu()
@@ -166,8 +167,7 @@ def count(case):
         total("global_load_sectors", "global_store_sectors")
         / total("global_load_sectors_ideal", "global_store_sectors_ideal"),
         total("shared_wavefronts") / passes if passes else None,
-        total("warp_instructions") / (ideal / 1024),
-        *_static(main))
+        total("warp_instructions") / (ideal / 1024), main)
 
 
 HEADER = (f"{'op':16} {'direction':9} {'shape':34} {'bytes':>6} {'sectors':>7} {'shared':>6} "
@@ -177,9 +177,10 @@ HEADER = (f"{'op':16} {'direction':9} {'shape':34} {'bytes':>6} {'sectors':>7} {
 def line(case, counts):
     """A line of the table under HEADER."""
     shared = "-" if counts.shared is None else f"{counts.shared:.3f}"
+    registers, in_flight = registers_and_loads_in_flight(counts.launch)
     return (f"{case.op:16} {case.direction:9} {case.shape:34} {counts.bytes:6.3f} "
-            f"{counts.sectors:7.3f} {shared:>6} {counts.per_kib:7.0f} {counts.registers:9} "
-            f"{counts.in_flight:9.0f}")
+            f"{counts.sectors:7.3f} {shared:>6} {counts.per_kib:7.0f} {registers:9} "
+            f"{in_flight:9.0f}")
 
 
 def run(args):

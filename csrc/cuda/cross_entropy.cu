@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 #pragma unroll
   for (int k = 0; k < kKeep; k++) {
     const int v = first + k * blockDim.x;
-    if (v < split.vecs && counted) r_z[k] = load_once<kN>(logits + split.vec(v));
+    if (v < split.vecs && counted) r_z[k] = load<kN>(logits + split.vec(v));
   }
   const A row_lse = lse[i];
   const A dl = column >= 0 && column < V ? dloss[i * dloss_stride] : A(NAN);

@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kLanes* kWarps, kBlocksPerSM)
   constexpr int kPairs = U::kPairs, kBatch = U::kOneAccess ? 4 : 2;  // heads asked for at once
   const int warp = blockIdx.x * kWarps + threadIdx.y, token = warp / splits, split = warp % splits;
   if (token >= tokens) return;
-  const int units = D / 2 / kPairs, T_ = int(q_rows.size[1]), b = token / T_, t = token % T_;
+  const int units = D / 2 / kPairs, length = int(q_rows.size[1]);
+  const int b = token / length, t = token % length;
   const int H = int(q_rows.size[2]), Hkv = int(k_rows.size[2]);
   q += b * q_rows.stride[0] + t * q_rows.stride[1];
   k += b * k_rows.stride[0] + t * k_rows.stride[1];
