@@ -131,7 +131,10 @@ struct Lanes {
 };
 
 template <class F> inline void each(uint32_t mask, F f) {
-  for (; mask; mask &= mask - 1) f(__builtin_ctz(mask));
+  if (mask == ~0u)
+    for (int i = 0; i < 32; i++) f(i);
+  else
+    for (; mask; mask &= mask - 1) f(__builtin_ctz(mask));
 }
 
 template <class Word, int kWords> bool lanes_have_init(const Shadow& s, const Lanes& l) {
