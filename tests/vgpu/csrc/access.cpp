@@ -40,8 +40,9 @@ int lane_at(const Warp& w, const uint64_t* at, uint64_t bytes, uint64_t address)
   const uint64_t number = block_of(c.stamp);  // in shared memory: the warp
   std::string other = "warp " + text(shared ? number : warp_of(c.stamp));
   std::string between = "barrier";
+  const bool many_lanes = shared && number == w.index && c.stamp & kManyWarps;
   if (shared && number == w.index) {
-    other = c.stamp & kManyWarps ? "other lanes" : "lane " + text(warp_of(c.stamp));
+    other = many_lanes ? "other lanes" : "lane " + text(warp_of(c.stamp));
     between = "__syncwarp";
   } else if (!shared && number != w.block->number) {
     other += " of block " + block_text(*w.block, number);
@@ -49,7 +50,8 @@ int lane_at(const Warp& w, const uint64_t* at, uint64_t bytes, uint64_t address)
   }
   if (c.stamp & kManyBlocks) other += " (and others)";
   fault(w, in, lane, "race: " + std::string(verb(kind)) + " " + where + " that " + other +
-                         (c.other_wrote ? " writes" : " reads") + " with no " + between +
+                         (c.other_wrote ? " writes" : many_lanes ? " read" : " reads") +
+                         " with no " + between +
                          " between the two");
 }
 
