@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-enum { kApiVersion = 2 };
+enum { kApiVersion = 3 };
 
 typedef enum DType { kFloat32, kBFloat16, kFloat16, kFloat64 } DType;
 
@@ -91,38 +91,44 @@ typedef struct Kernels {
   Status (*swiglu_fwd)(void* out, const void* gate, Rows gate_rows, const void* up, Rows up_rows,
                        int64_t F, DType dtype, Stream stream);
 
-  /* With s = sigmoid(gate): dgate = dout * up * s * (1 + gate * (1 - s)), dup = dout * gate * s;
-   * both contiguous. */
-  Status (*swiglu_bwd)(void* dgate, void* dup, const void* dout, Rows dout_rows, const void* gate,
-                       Rows gate_rows, const void* up, Rows up_rows, int64_t F, DType dtype,
-                       Stream stream);
+  /* With s = sigmoid(gate): dgate = dout * up * s * (1 + gate * (1 - s)), dup = dout * gate * s.
+   * Rows of dgate and of dup begin grad_stride apart: F when each is contiguous, 2F when they are
+   * the halves of one (rows, 2F). */
+  Status (*swiglu_bwd)(void* dgate, void* dup, int64_t grad_stride, const void* dout,
+                       Rows dout_rows, const void* gate, Rows gate_rows, const void* up,
+                       Rows up_rows, int64_t F, DType dtype, Stream stream);
 
-  /* Pairs (a, b) of x (B, T, H, D) become (a cos - b sin, a sin + b cos); inverse turns the sign of
-   * sin. Pairs are (2i, 2i+1) when interleaved, else (i, i + D/2). x has unit last stride and
-   * x_rows = (B, T, H); y is contiguous. cos and sin (B or 1, T, D/2) in table_dtype, which is
-   * dtype or fp32, share table_stride (batch, token), batch 0 for one table. */
-  Status (*rope)(void* y, const void* x, Rows x_rows, const void* cos, const void* sin,
-                 const int64_t table_stride[2], int64_t D, int interleaved, int inverse,
-                 DType dtype, DType table_dtype, Stream stream);
+  /* Pairs (a, b) of q (B, T, H, D) and k (B, T, Hkv, D) become (a cos - b sin, a sin + b cos);
+   * inverse turns the sign of sin. Pairs are (2i, 2i+1) when interleaved, else (i, i + D/2). q and
+   * k have unit last stride, q_rows = (B, T, H), k_rows = (B, T, Hkv); k and k_out are null, Hkv 0,
+   * where there is only q. q_out, k_out are contiguous. cos and sin (B or 1, T, D/2) in
+   * table_dtype, which is dtype or fp32, share table_stride (batch, token), batch 0 for one table
+   * of all. */
+  Status (*rope)(void* q_out, void* k_out, const void* q, Rows q_rows, const void* k, Rows k_rows,
+                 const void* cos, const void* sin, const int64_t table_stride[2], int64_t D,
+                 int interleaved, int inverse, DType dtype, DType table_dtype, Stream stream);
 
-  /* lse = log(sum(exp(logits))), loss = lse - logits[target], 0 where target is ignore_index.
-   * loss, lse (rows) acc; logits (rows, V); target (rows), 0 <= target < V or ignore_index. */
+  /* lse = log(sum(exp(logits))); with s = label_smoothing, 0 <= s <= 1,
+   * loss = lse - (1 - s) * logits[target] - s * mean(logits) + z_loss * lse^2.
+   * loss, lse (rows) acc; logits (rows, V); target (rows), 0 <= target < V or ignore_index: such a
+   * row is not read, loss = lse = 0. Any other target gives loss = NaN. */
   Status (*cross_entropy_fwd)(void* loss, void* lse, const void* logits, Rows logits_rows,
-                              const int64_t* target, int64_t V, int64_t ignore_index, DType dtype,
-                              Stream stream);
+                              const int64_t* target, int64_t V, int64_t ignore_index,
+                              double label_smoothing, double z_loss, DType dtype, Stream stream);
 
   /* mean = sum(loss) / n, inv_count = 1 / n, where n counts the rows whose target is not
    * ignore_index; single numbers, acc. loss (rows) acc. */
   Status (*mean_loss)(void* mean, void* inv_count, const void* loss, const int64_t* target,
                       int64_t rows, int64_t ignore_index, DType dtype, Stream stream);
 
-  /* dlogits = (exp(logits - lse) - [column is target]) * dloss, 0 where target is ignore_index.
+  /* dlogits = (exp(logits - lse) * (1 + 2 * z_loss * lse) - (1 - s) * [column is target] - s / V)
+   * * dloss; 0 where target is ignore_index, NaN where it is not one of the V columns either.
    * dlogits (rows, V) contiguous, may be logits itself; dloss is acc and lies dloss_stride apart
    * (0: one value for all rows). */
   Status (*cross_entropy_bwd)(void* dlogits, const void* logits, Rows logits_rows,
                               const int64_t* target, const void* lse, const void* dloss,
-                              int64_t dloss_stride, int64_t V, int64_t ignore_index, DType dtype,
-                              Stream stream);
+                              int64_t dloss_stride, int64_t V, int64_t ignore_index,
+                              double label_smoothing, double z_loss, DType dtype, Stream stream);
 
   /* o = softmax(scale * q k^T) v over the keys each query sees; lse = log(sum(exp(scores))).
    * o (B, T, H, D) contiguous; lse (B, H, T), packed (H, T), acc. A query that sees nothing gets

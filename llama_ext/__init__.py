@@ -5,6 +5,6 @@ from .errors import LlamaExtError
 from .info import info
 from .model import Llama, LlamaConfig
 from .ops import (attention, cross_entropy, linear_cross_entropy, rmsnorm, rmsnorm_residual, rope,
-                  swiglu)
+                  rope_qk, swiglu)
 
 __version__ = "0.1.0"

@@ -6,7 +6,7 @@ B batch, T tokens, S positions a cache holds, H heads, Hkv key/value heads, D he
 import torch
 from torch import nn
 
-from .ops import attention, rmsnorm, rmsnorm_residual, rope, swiglu
+from .ops import attention, rmsnorm, rmsnorm_residual, rope_qk, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -35,9 +35,10 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """forward(gate, up) = silu(gate) * up, elementwise (arXiv 2002.05202, eq. 6)."""
+    """forward(gate, up) = silu(gate) * up, elementwise (arXiv 2002.05202, eq. 6); forward(gate_up)
+    of (..., 2F) with both in one, gate first."""
 
-    def forward(self, gate, up):
+    def forward(self, gate, up=None):
         return swiglu(gate, up)
 
 
@@ -116,7 +117,7 @@ class RotaryEmbedding(nn.Module):
             cos, sin = self.cos[positions], self.sin[positions]          # (B, T, D/2)
         acc = torch.promote_types(q.dtype, torch.float32)
         cos, sin = cos.to(acc), sin.to(acc)
-        return rope(q, cos, sin, self.interleaved), rope(k, cos, sin, self.interleaved)
+        return rope_qk(q, k, cos, sin, self.interleaved)
 
     def extra_repr(self):
         return (f"{self.head_dim}, theta={self.theta}, max_seq_len={self.cos.shape[0]}, "

@@ -29,8 +29,10 @@ def rmsnorm_residual(x, residual, weight, eps=1e-6):
     return rmsnorm(h, weight, eps), h
 
 
-def swiglu(gate, up):
-    """silu(gate) * up, elementwise. arXiv 2002.05202, eq. 6, with Swish_1."""
+def swiglu(gate, up=None):
+    """silu(gate) * up, elementwise; both in gate (..., 2F) without up. arXiv 2002.05202, eq. 6, with
+    Swish_1."""
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     g = gate.to(_acc(gate))
     return (g * torch.sigmoid(g) * up.to(g.dtype)).to(gate.dtype)
 
@@ -50,6 +52,11 @@ def rope(x, cos, sin, interleaved=True):
     ra, rb = a * c - b * s, a * s + b * c
     y = torch.stack((ra, rb), -1).flatten(-2) if interleaved else torch.cat((ra, rb), -1)
     return y.to(x.dtype)
+
+
+def rope_qk(q, k, cos, sin, interleaved=True):
+    """(rope(q, ...), rope(k, ...))."""
+    return rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved)
 
 
 def attention_mask(T, S, causal=True, window=None, device=None):
@@ -95,19 +102,30 @@ def attention(q, k, v, *, scale=None, causal=True, window=None, cu_seqlens=None,
     return (o, torch.logsumexp(scores, -1)) if return_lse else o
 
 
-def cross_entropy(logits, target, ignore_index=-100):
-    """Mean over counted rows of logsumexp(logits) - logits[target]; (..., V), (...) -> scalar.
+def cross_entropy(logits, target, ignore_index=-100, *, reduction="mean", label_smoothing=0.0,
+                  z_loss=0.0):
+    """logsumexp(logits) - (1 - label_smoothing) logits[target] - label_smoothing mean(logits)
+    + z_loss logsumexp(logits)^2 of each row; (..., V), (...) -> scalar, or (...) for "none".
 
-    fp32 (fp64 for fp64 logits); rows whose target is ignore_index count for nothing; NaN when no
-    row counts, as torch.nn.functional.cross_entropy.
+    fp32 (fp64 for fp64 logits); rows whose target is ignore_index count for nothing; the mean is
+    NaN when no row counts, as torch.nn.functional.cross_entropy.
     """
     z = logits.to(_acc(logits)).reshape(-1, logits.shape[-1])
     t = target.reshape(-1)
     keep = t != ignore_index
     picked = z.gather(1, torch.where(keep, t, 0)[:, None])[:, 0]
-    return torch.where(keep, torch.logsumexp(z, -1) - picked, 0).sum() / keep.sum()
+    lse = torch.logsumexp(z, -1)
+    loss = lse - picked
+    if label_smoothing:
+        loss = loss + label_smoothing * (picked - z.mean(-1))
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    loss = torch.where(keep, loss, 0)
+    if reduction == "none":
+        return loss.view(target.shape)
+    return loss.sum() / keep.sum() if reduction == "mean" else loss.sum()
 
 
-def linear_cross_entropy(hidden, weight, target, ignore_index=-100):
-    """cross_entropy(hidden @ weight.T, target); hidden (..., C), weight (V, C), target (...)."""
-    return cross_entropy(hidden @ weight.t(), target, ignore_index)
+def linear_cross_entropy(hidden, weight, target, ignore_index=-100, **options):
+    """cross_entropy(hidden @ weight.T, ...); hidden (..., C), weight (V, C), target (...)."""
+    return cross_entropy(hidden @ weight.t(), target, ignore_index, **options)

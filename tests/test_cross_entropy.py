@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import llama_ext as lx
-from harness import DTYPES, LAYOUTS, check_op, randn
+from harness import DTYPES, LAYOUTS, check_op, randn, strided
 from llama_ext.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 
 SHAPES = [(5, 64), (2, 3, 257), (4, 1), (37, 4099), (0, 16), (1, 50000), (64, 33)]
@@ -85,9 +85,9 @@ def test_non_finite_rows_give_what_the_formula_gives(isa, value):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_row_has_its_own_cotangent(dtype):
     logits, target = randn(7, 33, dtype=dtype), targets(7, V=33, ignored=1)
-    loss, lse = cross_entropy_fwd(logits, target, -100)
+    loss, lse = cross_entropy_fwd(logits, target, -100, 0.0, 0.0)
     dloss = randn(7, dtype=loss.dtype)
-    got = cross_entropy_bwd(dloss, logits, target, lse, -100)
+    got = cross_entropy_bwd(dloss, logits, target, lse, -100, 0.0, 0.0)
 
     def grad(z):
         z = z.detach().requires_grad_()
@@ -99,10 +99,43 @@ def test_each_row_has_its_own_cotangent(dtype):
     check(got, grad(logits.double()), grad(logits), dtype)
 
 
-def test_agrees_with_torch():
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_agrees_with_torch(reduction, label_smoothing):
     logits, target = randn(3, 5, 70), targets(3, 5, V=70, ignored=2)
-    expected = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-    assert torch.allclose(lx.cross_entropy(logits, target), expected, rtol=1e-6)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    expected = F.cross_entropy(logits.flatten(0, 1), target.flatten(), **options)
+    got = lx.cross_entropy(logits, target, **options).flatten()
+    assert torch.allclose(got, expected.flatten(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [
+    {"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"z_loss": 0.01},
+    {"reduction": "none", "label_smoothing": 0.3, "z_loss": 0.02},
+    {"reduction": "sum", "label_smoothing": 1.0}])
+def test_options(isa, options, dtype):
+    for shape in ((3, 5, 257), (7, 1), (2, 5000), (0, 9)):
+        ignored = 2 if shape[0] > 2 else 0
+        check_ce(randn(*shape, dtype=dtype, scale=2), targets(*shape[:-1], V=shape[-1],
+                                                              ignored=ignored), **options)
+    check_ce(strided(randn(3, 5, 70, dtype=dtype)), targets(3, 5, V=70), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inplace_backward_gives_the_same_bits_in_the_memory_of_the_logits(reduction, dtype):
+    source, target = randn(6, 33, dtype=dtype), targets(6, V=33, ignored=1)
+    kept, overwritten = source.clone().requires_grad_(), source.clone()
+    logits = overwritten.requires_grad_() * 1
+    for z, inplace in ((kept, False), (logits, True)):
+        z.retain_grad()
+        loss = lx.cross_entropy(z, target, reduction=reduction, inplace_backward=inplace)
+        loss.sum().backward(retain_graph=True)
+    assert torch.equal(kept.grad, overwritten.grad)
+    assert torch.equal(kept.grad, logits.detach()) and not torch.equal(source, logits.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
 
 
 @pytest.mark.parametrize("logits, target, sentence", [
@@ -120,3 +153,15 @@ def test_agrees_with_torch():
 def test_bad_input_is_one_sentence(logits, target, sentence):
     with pytest.raises(RuntimeError, match=f"^cross_entropy: {sentence}$"):
         lx.cross_entropy(logits, target)
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"reduction": "avg"}, "reduction: expected mean, sum or none, got avg"),
+    ({"label_smoothing": 1.5}, "label_smoothing: expected a number from 0 to 1, got 1.5"),
+    ({"inplace_backward": True}, r"logits: expected a contiguous tensor for inplace_backward, got "
+                                 r"strides \(21, 1\)"),
+])
+def test_bad_options_are_one_sentence(options, sentence):
+    logits = strided(randn(3, 9)).requires_grad_()
+    with pytest.raises(RuntimeError, match=f"^cross_entropy: {sentence}$"):
+        lx.cross_entropy(logits, torch.zeros(3, dtype=torch.int64), **options)

@@ -2,6 +2,7 @@ import sys
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import llama_ext as lx
 from harness import DTYPES, check_op, randn, scattered, transposed
@@ -15,11 +16,11 @@ def case(rows, C, V, dtype, ignored=0):
     return randn(rows, C, dtype=dtype, mean=0.05), randn(V, C, dtype=dtype, scale=C ** -0.5), target
 
 
-def check_lce(hidden, weight, target):
+def check_lce(hidden, weight, target, **options):
     """With a loss gradient of 1: the gradients of single logits are rounded before it reaches them,
     in PyTorch after; near -1 / rows they all round alike, so another factor rounds otherwise."""
     check_op(lx.linear_cross_entropy, lx.ref.linear_cross_entropy, hidden, weight, target,
-             dtype=hidden.dtype, cotangent_layout=torch.ones_like)
+             dtype=hidden.dtype, cotangent_layout=torch.ones_like, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -34,6 +35,23 @@ def test_many_chunks(monkeypatch, dtype):
     hidden, weight, target = case(101, 48, 77, dtype, ignored=3)
     monkeypatch.setattr(linear_ce, "CHUNK_BYTES", 10 * 77 * hidden.element_size())
     check_lce(hidden, weight, target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [
+    {"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"z_loss": 0.01},
+    {"reduction": "none", "label_smoothing": 0.3, "z_loss": 0.02}])
+def test_options(monkeypatch, options, dtype):
+    hidden, weight, target = case(42, 33, 50, dtype, ignored=3)
+    check_lce(hidden.view(6, 7, 33), weight, target.view(6, 7), **options)
+    monkeypatch.setattr(linear_ce, "CHUNK_BYTES", 10 * 50 * hidden.element_size())
+    check_lce(hidden, weight, target, **options)
+
+
+def test_rows_have_cotangents_of_their_own():
+    hidden, weight, target = case(40, 33, 50, torch.float32, ignored=3)
+    check_op(lx.linear_cross_entropy, lx.ref.linear_cross_entropy, hidden, weight, target,
+             dtype=torch.float32, reduction="none")
 
 
 def test_fp16_gradients_do_not_vanish_under_the_mean():
@@ -79,23 +97,45 @@ def test_tied_weight_gets_both_gradients():
                           atol=1e-6)
 
 
-def test_never_holds_all_logits(monkeypatch):
-    hidden, weight, target = case(64, 16, 512, torch.float32)
-    chunk = 8 * 512 * 4
-    monkeypatch.setattr(linear_ce, "CHUNK_BYTES", chunk)
-    largest = 0
+def peak_bytes(fn):
+    """The most that fn's tensors took at any time, those it returns included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        kept = fn()  # noqa: F841
+    events, totals = profiled.profiler.kineto_results.experimental_event_tree(), []
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            totals.append((event.start_time_ns, event.extra_fields))
+    totals.sort(key=lambda pair: pair[0])
+    first = totals[0][1]
+    return max(f.total_allocated for _, f in totals) - (first.total_allocated - first.alloc_size)
 
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else (out,):
-                if torch.is_tensor(t):
-                    largest = max(largest, t.untyped_storage().nbytes())
-            return out
-    with Sizes():
-        linear_ce.linear_cross_entropy_fwd._init_fn(hidden, weight, target, -100, True, True)
-    assert largest == max(chunk, weight.nbytes)
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_memory_beyond_the_gradients_is_a_chunk(monkeypatch, reduction, dtype):
+    """Whatever the number of rows, forward and backward."""
+    chunk, small = 1 << 20, 64 << 10  # numbers per row, and a few allocations of torch's own
+    monkeypatch.setattr(linear_ce, "CHUNK_BYTES", chunk)
+    hidden, weight, target = case(3000, 128, 2000, dtype)
+    loss = None
+
+    def forward():
+        nonlocal loss
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        loss = lx.linear_cross_entropy(*leaves, target, reduction=reduction)
+
+    def backward():
+        return torch.autograd.grad(loss.sum(), (hidden, weight))
+    gradients = hidden.nbytes + weight.numel() * torch.promote_types(dtype, torch.float32).itemsize
+    logits = 3000 * 2000 * hidden.element_size()
+    for sweep in (forward, backward):
+        results = 0 if reduction == "none" and sweep is forward else gradients
+        if sweep is backward and reduction == "none":
+            results += weight.nbytes  # in its own dtype, beside the sum
+        rows = 8 * 3000 * loss.element_size() if loss is not None else 8 * 3000 * 8
+        assert peak_bytes(sweep) <= results + chunk + rows + small < logits
 
 
 @pytest.mark.parametrize("hidden, weight, target, sentence", [

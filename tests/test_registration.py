@@ -13,6 +13,7 @@ CU_Q, CU_K = (torch.tensor([0, a, b], dtype=torch.int32) for a, b in ((5, 12), (
 COS, SIN = torch.rand(6, 4), torch.rand(6, 4)
 LOGITS, TARGET, LOSS = randn(6, 11), torch.tensor([0, 3, -100, 10, 5, 5]), randn(6)
 OPTIONS = 0.3, True, 0
+V, ROWS, CE = randn(11, 16), torch.randint(11, (3, 5)), (-100, 0.1, 1e-4)
 NOT_TENSOR_OPS = {"cpu_isa", "cpu_isas", "cuda_kernels"}
 
 CALLS = {
@@ -22,19 +23,25 @@ CALLS = {
     "rmsnorm_residual_bwd": [(X, X, X, W, RSTD, True), (X, X, X, W, RSTD, False)],
     "swiglu_fwd": [(X, X)],
     "swiglu_bwd": [(X, X, X)],
+    "swiglu_halves_bwd": [(X[..., :8], X)],
     "rope": [(Q, COS, SIN, True, False), (Q, COS, SIN, False, True)],
+    "rope_qk": [(Q, Q[:, :, :2], COS, SIN, True, False), (Q, Q, COS, SIN, False, True)],
     "attention_fwd": [(Q, KV, KV, *OPTIONS, None, None),
                       (PACKED_Q, PACKED_KV, PACKED_KV, *OPTIONS, CU_Q, CU_K)],
     "attention_bwd": [(Q, None, Q, KV, KV, Q, LSE, *OPTIONS, None, None),
                       (Q, LSE, Q, KV, KV, Q, LSE, *OPTIONS, None, None),
                       (PACKED_Q, None, PACKED_Q, PACKED_KV, PACKED_KV, PACKED_Q, randn(4, 12),
                        *OPTIONS, CU_Q, CU_K)],
-    "cross_entropy_fwd": [(LOGITS, TARGET, -100)],
+    "cross_entropy_fwd": [(LOGITS, TARGET, *CE)],
     "mean_loss": [(LOSS, TARGET, -100)],
-    "cross_entropy_bwd": [(torch.tensor(0.2), LOGITS, TARGET, LOSS, -100)],
-    "cross_entropy_bwd_": [(LOSS, LOGITS.clone(), TARGET, LOSS, -100)],
-    "linear_cross_entropy_fwd": [(X, randn(11, 16), torch.randint(11, (3, 5)), -100, True, True),
-                                 (X, randn(11, 16), torch.randint(11, (3, 5)), -100, False, False)],
+    "cross_entropy_bwd": [(torch.tensor(0.2), LOGITS, TARGET, LOSS, *CE)],
+    "cross_entropy_bwd_": [(LOSS, LOGITS.clone(), TARGET, LOSS, *CE)],
+    "linear_cross_entropy_fwd": [(X, V, ROWS, *CE, True, True, True),
+                                 (X, V, ROWS, *CE, False, False, False)],
+    "linear_cross_entropy_scale": [(X, torch.tensor(0.2), torch.bfloat16)],
+    "linear_cross_entropy_rows_fwd": [(X, V, ROWS, *CE)],
+    "linear_cross_entropy_rows_bwd": [(RSTD, X, V, ROWS, RSTD, *CE, True, True),
+                                      (RSTD, X, V, ROWS, RSTD, *CE, False, False)],
 }
 
 

@@ -3,7 +3,7 @@ import torch
 
 import compare
 import llama_ext as lx
-from harness import DTYPES, LAYOUTS, check_op, randn
+from harness import DTYPES, LAYOUTS, check_op, randn, scattered, transposed
 
 SHAPES = [(2, 5, 3, 64), (1, 7, 2, 6), (3, 1, 1, 2), (2, 17, 4, 130), (1, 3, 2, 1030), (2, 0, 3, 8),
           (1, 4, 0, 8), (2, 3, 2, 0)]
@@ -56,6 +56,21 @@ def test_slices_of_a_fused_projection(interleaved):
 
 
 @both_layouts
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (1, 5), (0, 2), (2, 0)])
+def test_queries_and_keys_in_one_kernel(isa, heads, dtype, interleaved):
+    H, Hkv = heads
+    qkv = randn(2, 5, (H + 2 * Hkv) * 16, dtype=dtype).view(2, 5, -1, 16)  # one fused projection
+    q, k = qkv[:, :, :H], qkv[:, :, H:H + Hkv]
+    for batch in ((), (2,)):
+        cos, sin = tables(*batch, 5, 8, dtype=torch.promote_types(dtype, torch.float32))
+        fns = [lambda q, k, fn=fn: fn(q, k, cos, sin, interleaved)
+               for fn in (lx.rope_qk, lx.ref.rope_qk)]
+        check_op(*fns, q, k, dtype=dtype)
+        check_op(*fns, scattered(q), transposed(k), dtype=dtype, cotangent_layout=transposed)
+
+
+@both_layouts
 def test_backward_is_the_inverse_rotation(interleaved):
     x, (cos, sin) = randn(1, 5, 2, 16, dtype=torch.float64), tables(5, 8, dtype=torch.float64)
     leaf = x.clone().requires_grad_()
@@ -91,6 +106,17 @@ def cs(*shape, dtype=torch.float32):
 def test_bad_input_is_one_sentence(x, table, sentence):
     with pytest.raises(RuntimeError, match=f"^rope: {sentence}$"):
         lx.rope(x, *table)
+
+
+@pytest.mark.parametrize("q, k, sentence", [
+    (randn(2, 3, 4, 6), randn(2, 3, 4, 8), r"k: expected shape \(2, 3, Hkv, 6\), got \(2, 3, 4, 8\)"),
+    (randn(2, 3, 4, 6), randn(2, 3, 6), r"k: expected shape \(B, T, H, D\), got \(2, 3, 6\)"),
+    (randn(2, 3, 4, 6), randn(2, 3, 4, 6).half(), "k: expected the dtype of q, float32, got float16"),
+    (randn(2, 3, 4, 6), randn(2, 3, 1, 6).double(), "k: expected the dtype of q, float32, got .*64"),
+])
+def test_bad_pair_is_one_sentence(q, k, sentence):
+    with pytest.raises(RuntimeError, match=f"^rope_qk: {sentence}$"):
+        lx.rope_qk(q, k, *cs(3, 3))
 
 
 def test_tables_that_want_a_gradient_are_refused():

@@ -21,9 +21,15 @@ def test_strides(layout, dtype):
     check_op(lx.swiglu, lx.ref.swiglu, gate, up, dtype=dtype, cotangent_layout=LAYOUTS[layout])
 
 
-def test_halves_of_one_buffer():
-    gate, up = randn(7, 5, 2 * 48).chunk(2, -1)
-    check_op(lx.swiglu, lx.ref.swiglu, gate, up, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_halves_of_one_buffer(layout, dtype):
+    """Read in place; without `up` the gradient is one buffer as well."""
+    for F in (48, 7, 0):
+        gate_up = LAYOUTS[layout](randn(7, 5, 2 * F, dtype=dtype))
+        check_op(lx.swiglu, lx.ref.swiglu, gate_up, dtype=dtype)
+        check_op(lx.swiglu, lx.ref.swiglu, *gate_up.chunk(2, -1), dtype=dtype,
+                 cotangent_layout=LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,6 +46,7 @@ def test_large_and_non_finite_gates(isa, dtype):
     (torch.tensor(1.0), torch.tensor(1.0), r"gate: expected shape \(..., F\), got \(\)"),
     (torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64),
      "gate: expected float32, bfloat16, float16 or float64, got int64"),
+    (randn(2, 3), None, r"gate: expected shape \(..., 2F\) where up is not given, got \(2, 3\)"),
 ])
 def test_bad_input_is_one_sentence(gate, up, sentence):
     with pytest.raises(RuntimeError, match=f"^swiglu: {sentence}$"):

@@ -61,23 +61,27 @@ void rope_token_halves(T* y, const T* x, int64_t x_head_stride, const W* cos, co
   }
 }
 
-Status rope(void* y, const void* x, Rows x_rows, const void* cos, const void* sin,
-            const int64_t table_stride[2], int64_t D, int interleaved, int inverse, DType dtype,
-            DType table_dtype, Stream stream) {
+Status rope(void* q_out, void* k_out, const void* q, Rows q_rows, const void* k, Rows k_rows,
+            const void* cos, const void* sin, const int64_t table_stride[2], int64_t D,
+            int interleaved, int inverse, DType dtype, DType table_dtype, Stream stream) {
   return dispatch(dtype, table_dtype, [&](auto t, auto w) {
     using T = decltype(t);
     using W = decltype(w);
-    const int64_t tokens = x_rows.size[1], H = x_rows.size[2];
-    const int64_t rows = x_rows.size[0] * tokens;
-    parallel_for(stream, rows, grain_rows(H * D), [&](int64_t begin, int64_t end) {
+    const auto rotate = interleaved ? rope_token_interleaved<T, W> : rope_token_halves<T, W>;
+    const int64_t tokens = q_rows.size[1], heads = q_rows.size[2] + k_rows.size[2];
+    parallel_for(stream, q_rows.size[0] * tokens, grain_rows(heads * D), [&](int64_t begin,
+                                                                             int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = i / tokens, position = i % tokens;
         const int64_t at = b * table_stride[0] + position * table_stride[1];
-        const auto rotate = interleaved ? rope_token_interleaved<T, W> : rope_token_halves<T, W>;
-        rotate(static_cast<T*>(y) + i * H * D,
-               static_cast<const T*>(x) + b * x_rows.stride[0] + position * x_rows.stride[1],
-               x_rows.stride[2], static_cast<const W*>(cos) + at, static_cast<const W*>(sin) + at,
-               inverse ? -1 : 1, H, D);
+        const auto rotate_token = [&](void* out, const void* x, const Rows& x_rows) {
+          rotate(static_cast<T*>(out) + i * x_rows.size[2] * D,
+                 static_cast<const T*>(x) + b * x_rows.stride[0] + position * x_rows.stride[1],
+                 x_rows.stride[2], static_cast<const W*>(cos) + at,
+                 static_cast<const W*>(sin) + at, inverse ? -1 : 1, x_rows.size[2], D);
+        };
+        rotate_token(q_out, q, q_rows);
+        if (k) rotate_token(k_out, k, k_rows);
       }
     });
     return kOk;

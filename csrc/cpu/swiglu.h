@@ -24,16 +24,17 @@ Status swiglu_fwd(void* out, const void* gate, Rows gate_rows, const void* up, R
   });
 }
 
-Status swiglu_bwd(void* dgate, void* dup, const void* dout, Rows dout_rows, const void* gate,
-                  Rows gate_rows, const void* up, Rows up_rows, int64_t F, DType dtype,
-                  Stream stream) {
+Status swiglu_bwd(void* dgate, void* dup, int64_t grad_stride, const void* dout, Rows dout_rows,
+                  const void* gate, Rows gate_rows, const void* up, Rows up_rows, int64_t F,
+                  DType dtype, Stream stream) {
   return dispatch(dtype, [&](auto t) {
     using T = decltype(t);
     parallel_for(stream, count(gate_rows), grain_rows(F), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const T *d_row = row<T>(dout, dout_rows, i), *g_row = row<T>(gate, gate_rows, i);
         const T* u_row = row<T>(up, up_rows, i);
-        T *dg_row = static_cast<T*>(dgate) + i * F, *du_row = static_cast<T*>(dup) + i * F;
+        T* dg_row = static_cast<T*>(dgate) + i * grad_stride;
+        T* du_row = static_cast<T*>(dup) + i * grad_stride;
         for_each_vec<Acc<T>>(F, [&](int64_t j, auto n) {
           const Vec<Acc<T>> d = load(d_row + j, n), g = load(g_row + j, n), s = sigmoid(g);
           store(dg_row + j, d * load(u_row + j, n) * s * (1 + g * (1 - s)), n);

@@ -35,6 +35,12 @@ extern "C" __attribute__((visibility("default"))) const Kernels* lx_cuda_kernels
     k.rmsnorm_fwd = lx::rmsnorm_fwd;
     k.rmsnorm_bwd = lx::rmsnorm_bwd;
     k.rmsnorm_bwd_parts = lx::rmsnorm_bwd_parts;
+    k.swiglu_fwd = lx::swiglu_fwd;
+    k.swiglu_bwd = lx::swiglu_bwd;
+    k.rope = lx::rope;
+    k.cross_entropy_fwd = lx::cross_entropy_fwd;
+    k.mean_loss = lx::mean_loss;
+    k.cross_entropy_bwd = lx::cross_entropy_bwd;
     return k;
   }();
   return &table;

@@ -1,5 +1,7 @@
 // What every launcher shares: types from a DType, strided rows, the status of a launch.
 #pragma once
+#include <algorithm>
+
 #include "../api.h"
 #include "vec.cuh"
 
@@ -49,6 +51,11 @@ template <class T> bool aligned(const void* p, const Rows& r) {
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The threads of a row of `vecs` vectors where each has up to `keep` at once: whole warps.
+inline int row_threads(int64_t vecs, int keep, int most) {
+  return int(std::clamp<int64_t>(ceil_div(vecs, 32 * keep) * 32, 32, most));
+}
 
 // The status of the launches since the last call; kernels.cu keeps the text of an error.
 Status launch_status();

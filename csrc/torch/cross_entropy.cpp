@@ -31,7 +31,7 @@ const int64_t* target_data(const Tensor& target) {
 }
 
 void backward(Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const Tensor& target,
-              const Tensor& lse, int64_t ignore_index) {
+              const Tensor& lse, int64_t ignore_index, double label_smoothing, double z_loss) {
   const Backend backend = kernels_for(kOp, "logits", logits);
   const DType dtype = dtype_of(kOp, "logits", logits);
   const Tensor t = checked_target(logits, target);
@@ -46,14 +46,17 @@ void backward(Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const 
   if (dlogits.numel())
     backend.run(&Kernels::cross_entropy_bwd, dlogits.mutable_data_ptr(), z.data(),
                 z.rows, target_data(t), lse.const_data_ptr(), dloss.const_data_ptr(),
-                dloss.numel() == 1 ? 0 : 1, z.width, ignore_index, dtype);
+                dloss.numel() == 1 ? 0 : 1, z.width, ignore_index, label_smoothing, z_loss, dtype);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor target, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor target, int64_t ignore_index,
+                                             double label_smoothing, double z_loss) {
   const Backend backend = kernels_for(kOp, "logits", logits);
   const DType dtype = dtype_of(kOp, "logits", logits);
+  check(label_smoothing >= 0 && label_smoothing <= 1, kOp,
+        ": label_smoothing: expected a number from 0 to 1, got ", label_smoothing);
   const Tensor t = checked_target(logits, target);
   const RowView z(logits);
   if (t.is_cpu()) check_range(t, z.width, ignore_index);
@@ -62,7 +65,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor target, int64
   if (z.count)
     backend.run(&Kernels::cross_entropy_fwd, loss.mutable_data_ptr(),
                 lse.mutable_data_ptr(), z.data(), z.rows, target_data(t), z.width, ignore_index,
-                dtype);
+                label_smoothing, z_loss, dtype);
   return {loss, lse};
 }
 
@@ -80,16 +83,16 @@ std::tuple<Tensor, Tensor> mean_loss(Tensor loss, Tensor target, int64_t ignore_
 }
 
 Tensor cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse,
-                         int64_t ignore_index) {
+                         int64_t ignore_index, double label_smoothing, double z_loss) {
   Tensor dlogits = new_like(logits);
-  backward(dlogits, dloss, logits, target, lse, ignore_index);
+  backward(dlogits, dloss, logits, target, lse, ignore_index, label_smoothing, z_loss);
   return dlogits;
 }
 
 void cross_entropy_bwd_(Tensor dloss, Tensor logits, Tensor target, Tensor lse,
-                        int64_t ignore_index) {
+                        int64_t ignore_index, double label_smoothing, double z_loss) {
   check(logits.is_contiguous(), kOp, ": logits: expected a contiguous tensor to overwrite");
-  backward(logits, dloss, logits, target, lse, ignore_index);
+  backward(logits, dloss, logits, target, lse, ignore_index, label_smoothing, z_loss);
 }
 
 }  // namespace lx

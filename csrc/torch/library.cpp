@@ -13,7 +13,11 @@ STABLE_TORCH_LIBRARY(llama_ext, m) {
 
   m.def("swiglu_fwd(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
+  m.def("swiglu_halves_bwd(Tensor dout, Tensor gate_up) -> Tensor");  // of (..., 2F)
+
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor");
+  m.def("rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse)"
+        " -> (Tensor, Tensor)");
 
   // window 0: none. cu_q, cu_k: both for packed sequences, or neither. dlse: none when it is zero.
   m.def("attention_fwd(Tensor q, Tensor k, Tensor v, float scale, bool causal, int window,"
@@ -23,14 +27,14 @@ STABLE_TORCH_LIBRARY(llama_ext, m) {
         " -> (Tensor dq, Tensor dk, Tensor dv)");
 
   // Per row; dloss is one number per row, or one for all. The second backward overwrites logits.
-  m.def("cross_entropy_fwd(Tensor logits, Tensor target, int ignore_index)"
-        " -> (Tensor loss, Tensor lse)");
+  m.def("cross_entropy_fwd(Tensor logits, Tensor target, int ignore_index, float label_smoothing,"
+        " float z_loss) -> (Tensor loss, Tensor lse)");
   m.def("mean_loss(Tensor loss, Tensor target, int ignore_index)"
         " -> (Tensor mean, Tensor inv_count)");
   m.def("cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse,"
-        " int ignore_index) -> Tensor");
+        " int ignore_index, float label_smoothing, float z_loss) -> Tensor");
   m.def("cross_entropy_bwd_(Tensor dloss, Tensor(a!) logits, Tensor target, Tensor lse,"
-        " int ignore_index) -> ()");
+        " int ignore_index, float label_smoothing, float z_loss) -> ()");
 
   m.def("cpu_isa(str name) -> str");  // the instruction set in use, after a switch; see backend.cpp
   m.def("cpu_isas() -> str");
@@ -45,7 +49,10 @@ STABLE_TORCH_LIBRARY_IMPL(llama_ext, CompositeExplicitAutograd, m) {
 
   m.impl("swiglu_fwd", TORCH_BOX(&lx::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&lx::swiglu_bwd));
+  m.impl("swiglu_halves_bwd", TORCH_BOX(&lx::swiglu_halves_bwd));
+
   m.impl("rope", TORCH_BOX(&lx::rope));
+  m.impl("rope_qk", TORCH_BOX(&lx::rope_qk));
 
   m.impl("attention_fwd", TORCH_BOX(&lx::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&lx::attention_bwd));

@@ -15,8 +15,11 @@ std::tuple<Tensor, Tensor> rmsnorm_residual_bwd(Tensor dy, Tensor dh, Tensor h, 
 
 Tensor swiglu_fwd(Tensor gate, Tensor up);
 std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dout, Tensor gate, Tensor up);
+Tensor swiglu_halves_bwd(Tensor dout, Tensor gate_up);
 
 Tensor rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse);
+std::tuple<Tensor, Tensor> rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved,
+                                   bool inverse);
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double scale, bool causal,
                                          int64_t window, std::optional<Tensor> cu_q,
@@ -27,12 +30,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, std::optional<Tens
                                                  std::optional<Tensor> cu_q,
                                                  std::optional<Tensor> cu_k);
 
-std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor target, int64_t ignore_index);
+std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor target, int64_t ignore_index,
+                                             double label_smoothing, double z_loss);
 std::tuple<Tensor, Tensor> mean_loss(Tensor loss, Tensor target, int64_t ignore_index);
 Tensor cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse,
-                         int64_t ignore_index);
+                         int64_t ignore_index, double label_smoothing, double z_loss);
 void cross_entropy_bwd_(Tensor dloss, Tensor logits, Tensor target, Tensor lse,
-                        int64_t ignore_index);
+                        int64_t ignore_index, double label_smoothing, double z_loss);
 
 std::string cpu_isa(std::string name);
 std::string cpu_isas();

@@ -1,35 +1,81 @@
 #include "ops.h"
 
 namespace lx {
+namespace {
+
+// cos and sin with one pair of strides, and what the kernels are told of them.
+struct Tables {
+  Tensor cos, sin;
+  DType dtype;
+  int64_t stride[2];  // batch (0: one table for all), token
+
+  Tables(const char* op, const Tensor& cos_in, const Tensor& sin_in, const Tensor& x)
+      : cos(cos_in), sin(sin_in), dtype(second_dtype(op, "cos", cos_in, x)) {
+    const int64_t B = x.size(0), T = x.size(1), pairs = x.size(3) / 2;
+    const bool shared = cos.dim() == 2;
+    check((shared || (cos.dim() == 3 && cos.size(0) == B)) && cos.size(cos.dim() - 2) == T &&
+              cos.size(cos.dim() - 1) == pairs,
+          op, ": cos: expected shape (", T, ", ", pairs, ") or (", B, ", ", T, ", ", pairs,
+          "), got ", shape_text(cos));
+    check_same_device(op, "cos", cos, "x", x);
+    check_like(op, "sin", sin, "cos", cos);
+    cos = with_contiguous_last(cos, 1);
+    bool same_strides = true;
+    for (int64_t i = 0; i < cos.dim(); i++) same_strides &= sin.stride(i) == cos.stride(i);
+    if (!same_strides) {
+      cos = torch::stable::contiguous(cos);
+      sin = torch::stable::contiguous(sin);
+    }
+    stride[0] = shared ? 0 : cos.stride(0);
+    stride[1] = cos.stride(cos.dim() - 2);
+  }
+};
+
+void check_heads(const char* op, const char* arg, const Tensor& x) {
+  check(x.dim() == 4, op, ": ", arg, ": expected shape (B, T, H, D), got ", shape_text(x));
+  check(x.size(3) % 2 == 0, op, ": ", arg, ": expected an even last dimension, got ", x.size(3));
+}
+
+Rows rows_of(const Tensor& x) {
+  return {{x.size(0), x.size(1), x.size(2)}, {x.stride(0), x.stride(1), x.stride(2)}};
+}
+
+}  // namespace
 
 Tensor rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) {
   const Backend backend = kernels_for("rope", "x", x);
   const DType dtype = dtype_of("rope", "x", x);
-  check(x.dim() == 4, "rope: x: expected shape (B, T, H, D), got ", shape_text(x));
-  const int64_t B = x.size(0), T = x.size(1), H = x.size(2), D = x.size(3);
-  check(D % 2 == 0, "rope: x: expected an even last dimension, got ", D);
-  const bool shared = cos.dim() == 2;
-  check((shared || (cos.dim() == 3 && cos.size(0) == B)) && cos.size(cos.dim() - 2) == T &&
-            cos.size(cos.dim() - 1) == D / 2,
-        "rope: cos: expected shape (", T, ", ", D / 2, ") or (", B, ", ", T, ", ", D / 2, "), got ",
-        shape_text(cos));
-  const DType table_dtype = second_dtype("rope", "cos", cos, x);
-  check_same_device("rope", "cos", cos, "x", x);
-  check_like("rope", "sin", sin, "cos", cos);
+  check_heads("rope", "x", x);
+  const Tables tables("rope", cos, sin, x);
   const Tensor in = with_contiguous_last(x, 1);
-  const Tensor c = with_contiguous_last(cos, 1);
-  bool same_strides = true;
-  for (int64_t i = 0; i < c.dim(); i++) same_strides &= sin.stride(i) == c.stride(i);
-  const Tensor c2 = same_strides ? c : torch::stable::contiguous(c);
-  const Tensor s = same_strides ? sin : torch::stable::contiguous(sin);
-  const int64_t table_stride[2] = {shared ? 0 : c2.stride(0), c2.stride(c2.dim() - 2)};
-  const Rows rows = {{B, T, H}, {in.stride(0), in.stride(1), in.stride(2)}};
   Tensor y = new_like(x);
   if (y.numel())
-    backend.run(&Kernels::rope, y.mutable_data_ptr(), in.const_data_ptr(), rows,
-                c2.const_data_ptr(), s.const_data_ptr(), table_stride, D, interleaved, inverse,
-                dtype, table_dtype);
+    backend.run(&Kernels::rope, y.mutable_data_ptr(), nullptr, in.const_data_ptr(), rows_of(in),
+                nullptr, Rows{}, tables.cos.const_data_ptr(), tables.sin.const_data_ptr(),
+                tables.stride, x.size(3), interleaved, inverse, dtype, tables.dtype);
   return y;
+}
+
+std::tuple<Tensor, Tensor> rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved,
+                                   bool inverse) {
+  const Backend backend = kernels_for("rope_qk", "q", q);
+  const DType dtype = dtype_of("rope_qk", "q", q);
+  check_heads("rope_qk", "q", q);
+  check_heads("rope_qk", "k", k);
+  const bool fits = k.size(0) == q.size(0) && k.size(1) == q.size(1) && k.size(3) == q.size(3);
+  check(fits, "rope_qk: k: expected shape (", q.size(0), ", ", q.size(1), ", Hkv, ", q.size(3),
+        "), got ", shape_text(k));
+  check_same_dtype("rope_qk", "k", k, "q", q);
+  check_same_device("rope_qk", "k", k, "q", q);
+  const Tables tables("rope_qk", cos, sin, q);
+  const Tensor q_in = with_contiguous_last(q, 1), k_in = with_contiguous_last(k, 1);
+  Tensor q_out = new_like(q), k_out = new_like(k);
+  if (q_out.numel() + k_out.numel())
+    backend.run(&Kernels::rope, q_out.mutable_data_ptr(), k_out.mutable_data_ptr(),
+                q_in.const_data_ptr(), rows_of(q_in), k_in.const_data_ptr(), rows_of(k_in),
+                tables.cos.const_data_ptr(), tables.sin.const_data_ptr(), tables.stride, q.size(3),
+                interleaved, inverse, dtype, tables.dtype);
+  return {q_out, k_out};
 }
 
 }  // namespace lx

@@ -4,8 +4,8 @@ from .attention import attention
 from .cross_entropy import cross_entropy
 from .linear_cross_entropy import linear_cross_entropy
 from .rmsnorm import rmsnorm, rmsnorm_residual
-from .rope import rope
+from .rope import rope, rope_qk
 from .swiglu import swiglu
 
 __all__ = ["attention", "cross_entropy", "linear_cross_entropy", "rmsnorm", "rmsnorm_residual",
-           "rope", "swiglu"]
+           "rope", "rope_qk", "swiglu"]
