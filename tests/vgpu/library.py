@@ -1,6 +1,7 @@
 """Builds the CUDA library for the virtual A100: its own sources, as nvcc compiles them for sm_80,
 linked with standin/ instead of the CUDA runtime. Cached by content in build/vgpu/."""
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -111,9 +112,21 @@ def activate():
 def _loaded():
     loaded = ctypes.CDLL(os.environ["LLAMA_EXT_CPU_TENSORS_TO"])
     loaded.vgpu_take_log.restype = ctypes.c_char_p
+    loaded.vgpu_run_edges.argtypes = [ctypes.c_double]
     return loaded
 
 
 def take_log():
     """One dict for each launch since the last call: kernel, grid, block and the counters."""
     return json.loads(_loaded().vgpu_take_log())
+
+
+@contextlib.contextmanager
+def edges(share):
+    """Within it launches run only the first and the last of their blocks, `share` of the grid at
+    each end, rounded up: for tensors too large to run through."""
+    _loaded().vgpu_run_edges(share)
+    try:
+        yield
+    finally:
+        _loaded().vgpu_run_edges(1)

@@ -1,6 +1,7 @@
 """Faults of rmsnorm.cu and its headers: (name, file, text that occurs once, what replaces it)."""
 
-TESTS = ["tests/test_rmsnorm.py", "tests/test_cuda_rmsnorm.py", "-k", "not machine_code"]
+TESTS = ["tests/test_rmsnorm.py", "tests/test_cuda_rmsnorm.py", "-k", "not machine_code",
+         "tests/test_cuda_large.py::test_first_and_last_row[rmsnorm_residual]"]
 
 CU, REDUCE, LAUNCH = "rmsnorm.cu", "reduce.cuh", "launch.cuh"
 
@@ -74,6 +75,9 @@ FAULTS = [
     ("odd widths taken for whole vectors", CU, "if (D % kVec || !aligned(y)", "if (!aligned(y)"),
     ("32-bit offset of a row", LAUNCH, "return p + i * r.stride[2];",
      "return p + int(i * r.stride[2]);"),
+    ("32-bit offset of a row of y", CU, "y += int64_t(i) * D;", "y += i * D;"),
+    ("32-bit offset of a row of h", CU, "h += int64_t(i) * D;", "h += unsigned(i) * D;"),
+    ("32-bit offset of a row of dx", CU, "store(dx + int64_t(i) * D + v", "store(dx + i * D + v"),
     ("sizes of a row's place mixed up", LAUNCH, "k = i % n2, ij = i / n2",
      "k = i % n1, ij = i / n1"),
     ("strides of a row's place mixed up", LAUNCH, "ij / n1 * r.stride[0] + ij % n1 * r.stride[1]",
