@@ -65,13 +65,14 @@ def test_traffic_against_the_ideal(vgpu, summary, residual):
         assert size <= limit and sectors <= 1.02 and wavefronts <= 1.01
 
 
-@pytest.mark.parametrize("what, width, make, kept", [
-    ("odd", 4095, randn, True),
-    ("misaligned", 4096, lambda *shape, dtype: shifted(randn(*shape, dtype=dtype)), True),
-    ("odd, not kept", 9999, randn, False), ("not kept", 65536, randn, False)])
-def test_traffic_of_the_other_paths(vgpu, summary, what, width, make, kept):
+@pytest.mark.parametrize("what, width, make, kept, sector_limit", [
+    ("odd", 4095, randn, True, 1.4),
+    ("misaligned", 4096, lambda *shape, dtype: shifted(randn(*shape, dtype=dtype)), True, 1.4),
+    ("odd, not kept", 9999, randn, False, 1.4), ("not kept", 65536, randn, False, 1.02)])
+def test_traffic_of_the_other_paths(vgpu, summary, what, width, make, kept, sector_limit):
     """Each byte comes once from memory, and is asked for once where rows are kept: the ideal, and
-    the weight for every row, twice in the backward."""
+    the weight for every row, twice in the backward. A warp's 64 bytes of single bf16, where they do
+    not begin a sector, touch three instead of two."""
     rows = 16
     sums = rows // 4 * width * 4  # of dweight: written, read by the next kernel, and where rows are
     measured = measure(vgpu, rows, width, False, make)  # not kept read by the block that wrote them
@@ -81,7 +82,7 @@ def test_traffic_of_the_other_paths(vgpu, summary, what, width, make, kept):
         size, sectors, wavefronts, requested = traffic(log, ideal)
         summary.append(f"rmsnorm {name}, {rows} x {width} bf16 ({what}), over the ideal: bytes "
                        f"{size:.3f} sectors {sectors:.3f}; bytes asked of L1 {requested:.3f}")
-        assert size <= 1.01 and wavefronts <= 1.01
+        assert size <= 1.01 and sectors <= sector_limit and wavefronts <= 1.01
         assert requested <= (1.65 if kept else 2.5)
 
 

@@ -109,6 +109,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 template <class T, int kN>
 constexpr int kQuadsOf = kN * sizeof(Acc<T>) > 16 ? kN * sizeof(Acc<T>) / 16 : 1;
 
+// Piece q of vector v's sums, of `vecs` vectors.
+template <int kPiece, class A> __device__ Vec<A, kPiece>& piece(A* sums, int q, int v, int vecs) {
+  return reinterpret_cast<Vec<A, kPiece>*>(sums)[q * vecs + v];
+}
+
 // dx = rstd * (dy * weight - h * rstd^2 * mean(dy * weight * h)) + dh, and this block's part of
 // dweight = sum over rows of dy * h * rstd.
 //
@@ -140,7 +145,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   extern __shared__ __align__(16) char s_dynamic[];
   const int begin = int64_t(rows) * blockIdx.x / gridDim.x;
   const int end = int64_t(rows) * (blockIdx.x + 1) / gridDim.x;
+  constexpr int kQuads = kQuadsOf<T, kN>, kPiece = kN / kQuads;
   A* sums = partial + int64_t(blockIdx.x) * D;  // this block's
+  const int vecs = D / kN;
 
   Vec<A, kN> r_dw[kKeep + 1] = {};
   int turn = 0;
@@ -172,7 +179,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if constexpr (kKeep == 0) {
         r_dy[k] = load<kN>(dy_row + v * kN);
         r_h[k] = load<kN>(h_row + v * kN);
-        r_dw[k] = partial && i > begin ? load<kN>(sums + v * kN) : Vec<A, kN>{};
+        r_dw[k] = {};
+        if (partial && i > begin)
+#pragma unroll
+          for (int q = 0; q < kQuads; q++)
+            reinterpret_cast<Vec<A, kPiece>*>(&r_dw[k])[q] = piece<kPiece>(sums, q, v, vecs);
       }
       const Vec<W, kN> w = load<kN>(weight + v * kN);
       Vec<T, kN> r_dh{};
@@ -185,24 +196,26 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         r_dw[k].at[e] += g * (value * r);
       }
       store(dx + int64_t(i) * D + v * kN, r_dx);
-      if (kKeep == 0 && partial) store(sums + v * kN, r_dw[k]);
+      if (kKeep == 0 && partial)
+#pragma unroll
+        for (int q = 0; q < kQuads; q++)
+          piece<kPiece>(sums, q, v, vecs) = reinterpret_cast<Vec<A, kPiece>*>(&r_dw[k])[q];
     });
   }
 
   if constexpr (kKeep > 0) {
     if (!partial) return;
-    constexpr int kQuads = kQuadsOf<T, kN>, kPiece = kN / kQuads;
-    auto* s_dw = reinterpret_cast<Vec<A, kPiece>*>(s_dynamic);
-    const int last = int(blockDim.y) - 1, vecs = D / kN;
+    auto* s_dw = reinterpret_cast<A*>(s_dynamic);
+    const int last = int(blockDim.y) - 1;
     for (int group = 0; group <= last; group++) {
       if (threadIdx.y == group)
         for_each_vec<kN, kKeep>(D, [&](int v, int k) {
 #pragma unroll
           for (int q = 0; q < kQuads; q++) {
-            Vec<A, kPiece> sum = group ? s_dw[q * vecs + v] : Vec<A, kPiece>{};
+            Vec<A, kPiece> sum = group ? piece<kPiece>(s_dw, q, v, vecs) : Vec<A, kPiece>{};
             for (int e = 0; e < kPiece; e++) sum.at[e] += r_dw[k].at[q * kPiece + e];
-            if (group < last) s_dw[q * vecs + v] = sum;
-            else store(sums + (q * vecs + v) * kPiece, sum);
+            if (group < last) piece<kPiece>(s_dw, q, v, vecs) = sum;
+            else piece<kPiece>(sums, q, v, vecs) = sum;
           }
         });
       __syncthreads();  // the next group adds to what this one has stored
@@ -297,16 +310,16 @@ Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows 
           static_cast<const A*>(rstd), int(D), int(rows));
     };
     const int64_t vecs = D / kVec;
-    int quads = 1;
+    int quads = kQuadsOf<T, kVec>;
     if (D % kVec || !aligned(dx) || !aligned(partial) || !aligned(weight) ||
         !aligned<T>(dy, dy_rows) || !aligned<T>(dh, dh_rows) || !aligned<T>(h, h_rows)) {
+      quads = 1;
       if (D > kKeepSingles * kMaxThreads) launch(rmsnorm_bwd_kernel<T, W, 1, 0>, D, 0);
       else launch(rmsnorm_bwd_kernel<T, W, 1, kKeepSingles>, D, kKeepSingles);
     } else if (vecs > kKeep * kMaxThreads) {
       launch(rmsnorm_bwd_kernel<T, W, kVec, 0>, vecs, 0);
     } else {
       launch(rmsnorm_bwd_kernel<T, W, kVec, kKeep>, vecs, kKeep);
-      quads = kQuadsOf<T, kVec>;
     }
     if (dweight)
       rmsnorm_bwd_dweight_kernel<W, A>

@@ -58,8 +58,8 @@ FAULTS = [
     ("adds to a sum that was never begun", CU, "partial && i > begin", "partial && i >= begin"),
     ("no barrier between the groups' sums", CU,
      "      __syncthreads();  // the next group adds to what this one has stored\n", ""),
-    ("only the last group's sum", CU, "group ? s_dw[q * vecs + v] :",
-     "false ? s_dw[q * vecs + v] :"),
+    ("only the last group's sum", CU, "group ? piece<kPiece>(s_dw, q, v, vecs) :",
+     "false ? piece<kPiece>(s_dw, q, v, vecs) :"),
     ("too little shared memory", CU, "groups > 1 ? D * sizeof(A)", "groups > 1 ? D * sizeof(T)"),
     # dweight
     ("no barrier before the slices are added", CU,
