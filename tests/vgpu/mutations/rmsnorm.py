@@ -33,6 +33,11 @@ FAULTS = [
      "threadIdx.x + k * 32"),
     ("neighbouring vectors to one thread", CU, "threadIdx.x + k * blockDim.x",
      "threadIdx.x * kKeep + k"),
+    ("odd rows kept that are too long", CU, "if (D > kKeepSingles * kMaxThreads) return",
+     "if (D > 2 * kKeepSingles * kMaxThreads) return"),
+    ("odd rows kept that are too long, backward", CU,
+     "if (D > kKeepSingles * kMaxThreads) launch",
+     "if (D > 2 * kKeepSingles * kMaxThreads) launch"),
     # sums
     ("half a warp summed", REDUCE, "int other = 16;", "int other = 8;"),
     ("no barrier before the warps' sums are read", REDUCE,
@@ -68,6 +73,8 @@ FAULTS = [
     ("parts missing", CU, "p += kSlices)", "p += kSlices + 1)"),
     ("no bound on columns", CU, "threadIdx.y > 0 || j >= D", "threadIdx.y > 0"),
     ("columns not put back in order", CU, "quads == 1 ? j :", "quads >= 1 ? j :"),
+    ("columns of long rows not put back in order", CU, "int quads = kQuadsOf<T, kVec>;",
+     "int quads = vecs > kKeep * kMaxThreads ? 1 : kQuadsOf<T, kVec>;"),
     # addresses
     ("misaligned x taken for aligned", CU, "!aligned<T>(x, x_rows) ||", ""),
     ("misaligned weight taken for aligned in the backward", CU,
