@@ -12,6 +12,7 @@ from tqdm import tqdm
 import llama_ext as lx
 from llama_ext import memory
 
+from . import counts
 from .cases import CASES
 from .timing import measure
 
@@ -81,6 +82,12 @@ def main():
                          help="threads for every provider")
     command.add_argument("--json", help="also write every figure to this file")
     command.set_defaults(run=run)
+    command = commands.add_parser(
+        "counts", help="count what the CUDA kernels ask of an A100, on the virtual one",
+        description=counts.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--ops", nargs="+", choices=sorted({case.op for case in counts.CASES}),
+                         help="which ops (all when not given)")
+    command.set_defaults(run=counts.run)
     args = parser.parse_args()
     args.run(args)
 

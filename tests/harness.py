@@ -30,6 +30,30 @@ def scattered(x):
     return torch.stack((x, torch.full_like(x, float("nan"))), -1)[..., 0]
 
 
+def shifted(x):
+    """x with the same values, one element past an aligned address."""
+    flat = torch.empty(x.numel() + 1, dtype=x.dtype)
+    flat[1:].copy_(x.flatten())
+    return flat[1:].view(x.shape)
+
+
+def cut(x):
+    """x with the same values in the corner of a larger tensor: three strides that do not fold."""
+    padded = torch.nn.functional.pad(x, (0, 8, 0, 2, 0, 1), value=float("nan"))
+    return padded[:, :x.shape[1], :x.shape[2], :x.shape[3]]
+
+
+def far_apart(x):
+    """x (rows, width) with rows 2^31 + 64 elements apart, in memory of which only the touched pages
+    exist."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # until the test's end; conftest.py
+    gap = 2 ** 31 + 64
+    wide = torch.empty((len(x) - 1) * gap + x.shape[1], dtype=x.dtype)
+    wide = wide.as_strided(x.shape, (gap, 1))
+    wide.copy_(x)
+    return wide
+
+
 def expanded(x):
     """The first row of x for all rows of its first dimension: stride 0."""
     return x[:1].expand_as(x)

@@ -2,8 +2,10 @@
 //
 // V width of a row. The forward reads a row once: each thread keeps the largest logit it has seen
 // and the sum of exponentials relative to it, and the threads' pairs are joined at the end, in a
-// fixed order. A vector is 16 bytes, or one element where alignment or an odd V forbids more. Rows
-// whose target is ignore_index are not read.
+// fixed order. Rows whose target is ignore_index are not read.
+//
+// A vector is 16 bytes. With an odd V rows begin anywhere: the elements before a row's first whole
+// vector and after its last ("the rest") are moved one by one.
 #include <algorithm>
 
 #include "kernels.cuh"
@@ -21,9 +23,22 @@ template <class A> constexpr A kInf = A(INFINITY);
 __device__ inline float largest(float a, float b) { return fmaxf(a, b); }
 __device__ inline double largest(double a, double b) { return fmax(a, b); }
 
-// e^x to within a few units in the last place, for x <= 0 that matter.
-__device__ inline float exp_quick(float x) { return __expf(x); }
+// e^x with a relative error of |x| 2^-24 and a few units in the last place.
+__device__ inline float exp_quick(float x) { return ptx::ex2(x * 1.44269504f); }
 __device__ inline double exp_quick(double x) { return exp(x); }
+
+// The vectors of kN elements in a row of V at p, and the rest around them.
+template <int kN> struct Split {
+  int before, vecs, V;
+  template <class T> __device__ Split(const T* p, int V) : V(V) {
+    const int past = kN == 1 ? 0 : int(reinterpret_cast<uintptr_t>(p) / sizeof(T) % kN);
+    before = min(V, (kN - past) % kN);
+    vecs = (V - before) / kN;
+  }
+  __device__ int vec(int v) const { return before + v * kN; }  // where vector v begins
+  __device__ int rest() const { return V - vecs * kN; }        // fewer than 2 kN
+  __device__ int single(int n) const { return n < before ? n : n + vecs * kN; }
+};
 
 // log(sum(exp(z))) of numbers as they come: max is the largest, sum that of exp(z - shift()).
 template <class A> struct LogSumExp {
@@ -35,6 +50,10 @@ template <class A> struct LogSumExp {
     const A before = max, shift_before = shift();
     max = largest(max, value);
     if (before > -kInf<A>) sum *= exp_quick(shift_before - shift());  // else 0, or NaN if one came
+  }
+  __device__ void add(A value) {
+    raise_max(value);
+    sum += exp_quick(value - shift());
   }
   __device__ void join(const LogSumExp& other) {
     LogSumExp o = other;
@@ -60,7 +79,7 @@ template <class A> __device__ LogSumExp<A> from_lane(const LogSumExp<A>& l, int 
 //
 // Loads in flight: 1024 threads an SM (64 registers), each of which asks for kBatch = 4 vectors of
 // 16 bytes before it uses the first: 64 KB per SM.
-template <class T, int kN, bool kSmooth>
+template <class T, bool kSmooth>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     cross_entropy_fwd_kernel(Acc<T>* __restrict__ loss,      // (rows)
                              Acc<T>* __restrict__ lse,       // (rows)
@@ -70,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
                              int V, int64_t ignore_index, Acc<T> label_smoothing, Acc<T> z_loss,
                              int rows) {
   using A = Acc<T>;
-  constexpr int kBatch = 4;
+  constexpr int kN = kVecSize<T>, kBatch = 4;
   __shared__ LogSumExp<A> s_pairs[kThreads / 32];
   __shared__ A s_sums[kThreads / 32];
   const int i = blockIdx.x * blockDim.y + threadIdx.y;
@@ -84,13 +103,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 
   LogSumExp<A> total;
   A sum = 0;  // of the logits, where kSmooth
-  for (int first = threadIdx.x; first * kN < V; first += kBatch * blockDim.x) {
+  const Split<kN> split(logits, V);
+  for (int n = threadIdx.x; n < split.rest(); n += blockDim.x) {
+    const A value = to_acc(logits[split.single(n)]);
+    total.add(value);
+    if (kSmooth) sum += value;
+  }
+  for (int first = threadIdx.x; first < split.vecs; first += kBatch * blockDim.x) {
     Vec<T, kN> r_z[kBatch];
     A top = -kInf<A>;
 #pragma unroll
     for (int k = 0; k < kBatch; k++) {
       const int v = first + k * blockDim.x;
-      if (v * kN < V) r_z[k] = load_once<kN>(logits + v * kN);
+      if (v < split.vecs) r_z[k] = load_once<kN>(logits + split.vec(v));
       else
         for (int e = 0; e < kN; e++) r_z[k].at[e] = round_to<T>(-kInf<A>);
     }
@@ -102,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
       A part = 0;
       for (int e = 0; e < kN; e++) part += exp_quick(to_acc(r_z[k].at[e]) - shift);
       total.sum += part;
-      if (kSmooth && (first + k * int(blockDim.x)) * kN < V)
+      if (kSmooth && first + k * int(blockDim.x) < split.vecs)
         for (int e = 0; e < kN; e++) sum += to_acc(r_z[k].at[e]);
     }
   }
@@ -138,7 +163,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 // dlogits = (exp(logits - lse) * (1 + 2 z_loss lse) - (1 - s) [column is target] - s / V) * dloss.
 //
 // Block b has chunk b % chunks of the blockDim.y rows from b / chunks * blockDim.y on; a chunk is
-// blockDim.x * kKeep vectors. dlogits may be logits: a thread reads a vector before it writes it.
+// blockDim.x * kKeep vectors, the first has the rest as well. dlogits may be logits: a thread reads
+// a vector before it writes it. With kN > 1 rows of both begin equally far past 16 bytes.
 //
 // Loads in flight: 1024 threads an SM (64 registers), each of which asks for kKeep = 4 vectors of 16
 // bytes before it uses the first: 64 KB per SM.
@@ -155,35 +181,52 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
                              int chunks) {
   using A = Acc<T>;
   const int i = blockIdx.x / chunks * blockDim.y + threadIdx.y;
-  const int first = blockIdx.x % chunks * blockDim.x * kKeep + threadIdx.x;
+  const int chunk = blockIdx.x % chunks, first = chunk * blockDim.x * kKeep + threadIdx.x;
   if (i >= rows) return;
   logits = row(logits, logits_rows, i);
   dlogits += int64_t(i) * V;
   const int64_t column = target[i];
   const bool counted = column != ignore_index;
+  const Split<kN> split(logits, V);
 
   Vec<T, kN> r_z[kKeep];
 #pragma unroll
   for (int k = 0; k < kKeep; k++) {
     const int v = first + k * blockDim.x;
-    if (v * kN < V && counted) r_z[k] = load_once<kN>(logits + v * kN);
+    if (v < split.vecs && counted) r_z[k] = load<kN>(logits + split.vec(v));
   }
   const A row_lse = lse[i];
   const A dl = column >= 0 && column < V ? dloss[i * dloss_stride] : A(NAN);
   const A of_z_loss = z_loss != 0 ? dl * 2 * z_loss * row_lse : A(0);
   const A scale = dl + of_z_loss, even = dl * smooth_share;
+  const auto p = [&](T z) {  // fp32 results show the error of a quick exp
+    const A x = to_acc(z) - row_lse;
+    return sizeof(T) == 2 ? exp_quick(x) : exp(x);
+  };
+  const auto gradient = [&](T z) { return round_to<T>(p(z) * scale - even); };
+  const auto gradient_on_target = [&](T z) {
+    return round_to<T>((p(z) - on_target) * dl + p(z) * of_z_loss);
+  };
 #pragma unroll
   for (int k = 0; k < kKeep; k++) {
     const int v = first + k * blockDim.x;
-    if (v * kN >= V) break;
+    if (v >= split.vecs) break;
     Vec<T, kN> r_dz{};
-    if (counted)
-      for (int e = 0; e < kN; e++) {
-        const A p = exp(to_acc(r_z[k].at[e]) - row_lse);
-        const A d = v * kN + e == column ? (p - on_target) * dl + p * of_z_loss : p * scale - even;
-        r_dz.at[e] = round_to<T>(d);
-      }
-    store(dlogits + v * kN, r_dz);
+    if (counted) {
+      for (int e = 0; e < kN; e++) r_dz.at[e] = gradient(r_z[k].at[e]);
+      const int64_t on = column - split.vec(v);
+      if (on >= 0 && on < kN)
+        for (int e = 0; e < kN; e++)
+          if (e == on) r_dz.at[e] = gradient_on_target(r_z[k].at[e]);
+    }
+    store(dlogits + split.vec(v), r_dz);
+  }
+  if (chunk > 0) return;
+  for (int n = threadIdx.x; n < split.rest(); n += blockDim.x) {
+    const int j = split.single(n);
+    T dz = round_to<T>(0);
+    if (counted) dz = j == column ? gradient_on_target(logits[j]) : gradient(logits[j]);
+    dlogits[j] = dz;
   }
 }
 
@@ -222,22 +265,16 @@ Status cross_entropy_fwd(void* loss, void* lse, const void* logits, Rows logits_
   return dispatch(dtype, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
-    const auto launch = [&](auto kernel, int64_t vecs) {
-      const int threads = row_threads(vecs, 4, kThreads);
+    const auto launch = [&](auto kernel) {
+      const int threads = row_threads(V / kVecSize<T>, 4, kThreads);
       const dim3 block(threads, threads == 32 ? 4 : 1);
       kernel<<<unsigned(ceil_div(rows, block.y)), block, 0, cudaStream_t(stream)>>>(
           static_cast<A*>(loss), static_cast<A*>(lse), static_cast<const T*>(logits), logits_rows,
           target, int(V), ignore_index, A(label_smoothing), A(z_loss), int(rows));
       return launch_status();
     };
-    const auto run = [&](auto smooth) {
-      constexpr bool kSmooth = smooth.value;
-      constexpr int kVec = kVecSize<T>;
-      if (V % kVec || !aligned<T>(logits, logits_rows))
-        return launch(cross_entropy_fwd_kernel<T, 1, kSmooth>, V);
-      return launch(cross_entropy_fwd_kernel<T, kVec, kSmooth>, V / kVec);
-    };
-    return label_smoothing != 0 ? run(std::true_type{}) : run(std::false_type{});
+    return label_smoothing != 0 ? launch(cross_entropy_fwd_kernel<T, true>)
+                                : launch(cross_entropy_fwd_kernel<T, false>);
   });
 }
 
@@ -254,7 +291,7 @@ Status cross_entropy_bwd(void* dlogits, const void* logits, Rows logits_rows, co
     const auto launch = [&](auto kernel, int64_t vecs) {
       const int threads = row_threads(vecs, kKeep, kThreads);
       const dim3 block(threads, kThreads / threads);
-      const int64_t chunks = ceil_div(vecs, threads * kKeep);
+      const int64_t chunks = std::max<int64_t>(ceil_div(vecs, threads * kKeep), 1);
       kernel<<<unsigned(ceil_div(rows, block.y) * chunks), block, 0, cudaStream_t(stream)>>>(
           static_cast<T*>(dlogits), static_cast<const T*>(logits), logits_rows, target,
           static_cast<const A*>(lse), static_cast<const A*>(dloss), dloss_stride, int(V),
@@ -262,9 +299,14 @@ Status cross_entropy_bwd(void* dlogits, const void* logits, Rows logits_rows, co
           A(z_loss), int(rows), int(chunks));
       return launch_status();
     };
-    if (V % kVec || !aligned(dlogits) || !aligned<T>(logits, logits_rows))
-      return launch(cross_entropy_bwd_kernel<T, 1, kKeep>, V);
-    return launch(cross_entropy_bwd_kernel<T, kVec, kKeep>, V / kVec);
+    // Row by row, the distance from logits to dlogits.
+    bool alike = (static_cast<char*>(dlogits) - static_cast<const char*>(logits)) % 16 == 0;
+    const int64_t dense[3] = {logits_rows.size[1] * logits_rows.size[2] * V,
+                              logits_rows.size[2] * V, V};
+    for (int d = 0; d < 3; d++)
+      alike &= logits_rows.size[d] == 1 || (logits_rows.stride[d] - dense[d]) % kVec == 0;
+    if (alike) return launch(cross_entropy_bwd_kernel<T, kVec, kKeep>, V / kVec);
+    return launch(cross_entropy_bwd_kernel<T, 1, kKeep>, V);
   });
 }
 

@@ -14,7 +14,7 @@ namespace lx {
 namespace {
 
 constexpr int kLanes = 32, kWarps = 4;  // of a block
-constexpr int kBlocksPerSM = 8;         // so that ptxas gives each thread at most 64 registers
+constexpr int kBlocksPerSM = 6;         // so that ptxas gives each thread at most 80 registers
 
 // The pairs (a, b) of one unit, moved kN elements at a time.
 template <class T, int kN, bool kInterleaved> struct Unit {
@@ -41,8 +41,8 @@ template <class T, int kN, bool kInterleaved> struct Unit {
 //
 // Grid: a warp for each token and split, kWarps to a block. Block: kLanes x kWarps threads.
 //
-// Loads in flight: 1024 threads an SM (64 registers), each of which asks for 4 vectors of 16 bytes
-// (of 4 heads, or of 2 where pairs are halves) before it uses the first: 64 KB per SM.
+// Loads in flight: 768 threads an SM (80 registers), each of which asks for 4 vectors of 16 bytes
+// (of 4 heads, or of 2 where pairs are halves) before it uses the first: 48 KB per SM.
 template <class T, class W, int kN, bool kInterleaved>
 __global__ void __launch_bounds__(kLanes* kWarps, kBlocksPerSM)
     rope_kernel(T* __restrict__ q_out,      // (B, T, H, D)
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kLanes* kWarps, kBlocksPerSM)
   constexpr int kPairs = U::kPairs, kBatch = U::kOneAccess ? 4 : 2;  // heads asked for at once
   const int warp = blockIdx.x * kWarps + threadIdx.y, token = warp / splits, split = warp % splits;
   if (token >= tokens) return;
-  const int units = D / 2 / kPairs, T_ = int(q_rows.size[1]), b = token / T_, t = token % T_;
+  const int units = D / 2 / kPairs, length = int(q_rows.size[1]);
+  const int b = token / length, t = token % length;
   const int H = int(q_rows.size[2]), Hkv = int(k_rows.size[2]);
   q += b * q_rows.stride[0] + t * q_rows.stride[1];
   k += b * k_rows.stride[0] + t * k_rows.stride[1];
@@ -86,19 +87,20 @@ __global__ void __launch_bounds__(kLanes* kWarps, kBlocksPerSM)
 #pragma unroll
       for (int n = 0; n < kBatch; n++) {
         const int h = first + n * step;
-        if (h >= H + Hkv) break;
-        r_x[n].load_from(h < H ? q + h * q_rows.stride[2] : k + (h - H) * k_rows.stride[2], u, D);
+        if (h < H + Hkv)
+          r_x[n].load_from(h < H ? q + h * q_rows.stride[2] : k + (h - H) * k_rows.stride[2], u, D);
       }
 #pragma unroll
       for (int n = 0; n < kBatch; n++) {
         const int h = first + n * step;
         if (h >= H + Hkv) break;
+        U r_y;
         for (int i = 0; i < kPairs; i++) {
-          const A x = to_acc(r_x[n].a(i)), y = to_acc(r_x[n].b(i));
-          r_x[n].a(i) = round_to<T>(x * r_cos[i] - y * r_sin[i]);
-          r_x[n].b(i) = round_to<T>(x * r_sin[i] + y * r_cos[i]);
+          const A a = to_acc(r_x[n].a(i)), b = to_acc(r_x[n].b(i));
+          r_y.a(i) = round_to<T>(a * r_cos[i] - b * r_sin[i]);
+          r_y.b(i) = round_to<T>(a * r_sin[i] + b * r_cos[i]);
         }
-        r_x[n].store_to(h < H ? q_out + h * D : k_out + (h - H) * D, u, D);
+        r_y.store_to(h < H ? q_out + h * D : k_out + (h - H) * D, u, D);
       }
     }
   }

@@ -124,11 +124,11 @@ const ThreadPool kTorchPool = {
 Backend kernels_for(const char* op, const char* arg, const Tensor& t) {
   if (t.is_cpu()) {
     auto* pool = const_cast<ThreadPool*>(&kTorchPool);
-    return {op, cpu_table(), routed_to() ? nullptr : pool, std::nullopt};
+    return {op, cpu_table(), routed_to() ? nullptr : pool, !routed_to(), std::nullopt};
   }
   check(t.is_cuda(), op, ": ", arg, ": expected a CPU or CUDA tensor, got one on another device");
   const int32_t device = t.get_device_index();
-  return {op, cuda_table(), current_stream(device),
+  return {op, cuda_table(), current_stream(device), false,
           torch::stable::accelerator::DeviceGuard(device)};
 }
 

@@ -40,6 +40,7 @@ struct Backend {
   const char* op;
   const Kernels* kernels;
   Stream stream;
+  bool on_host;  // CPU kernels: a binding may look at values, nothing is under way
   std::optional<torch::stable::accelerator::DeviceGuard> on_device;
 
   // An entry of the table. Fails if this backend has no such kernel yet.

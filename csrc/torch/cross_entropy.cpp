@@ -18,7 +18,7 @@ Tensor checked_target(const Tensor& logits, const Tensor& target) {
   return with_contiguous_last(target, target.dim());
 }
 
-// A kernel reads the target's logit: on the CPU each target is checked first.
+// Only on the CPU: elsewhere it would wait for the device, and the kernels make the row NaN.
 void check_range(const Tensor& target, int64_t V, int64_t ignore_index) {
   const auto* t = static_cast<const int64_t*>(target.const_data_ptr());
   for (int64_t i = 0, rows = target.numel(); i < rows; i++)
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor target, int64
         ": label_smoothing: expected a number from 0 to 1, got ", label_smoothing);
   const Tensor t = checked_target(logits, target);
   const RowView z(logits);
-  if (t.is_cpu()) check_range(t, z.width, ignore_index);
+  if (backend.on_host) check_range(t, z.width, ignore_index);
   Tensor loss = new_tensor(target.sizes(), acc_dtype(logits), logits);
   Tensor lse = new_like(loss);
   if (z.count)

@@ -42,12 +42,13 @@ def how_caught(output):
 
 
 def run(tests, fault):
-    """The name of a fault and how it was caught, None if it was not."""
-    name, file, old, new = fault
+    """The name of a fault and how it was caught, None if it was not; fault None: without one."""
+    name, file, old, new = fault or (None, None, None, None)
     with tempfile.TemporaryDirectory() as folder:
         csrc = Path(folder) / "csrc"
         shutil.copytree(REPOSITORY / "csrc", csrc)
-        plant(csrc, file, old, new)
+        if fault:
+            plant(csrc, file, old, new)
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "--backend=vgpu",
              "-p", "no:cacheprovider", *tests],
@@ -65,6 +66,8 @@ def main():
     op = importlib.import_module(f"vgpu.mutations.{args.op}")
     faults = [fault for fault in op.FAULTS if args.only in fault[0]]
     bad = 0
+    if caught := run(op.TESTS, None)[2]:
+        sys.exit(f"the tests fail without a fault: {caught}")
     print("| fault | in | caught by |\n|-|-|-|")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         for name, file, caught in pool.map(lambda fault: run(op.TESTS, fault), faults):

@@ -1,0 +1,72 @@
+"""What the CUDA kernels ask of an A100 (benchmarks/counts.py) stays at what the ops must move, and
+their machine code for sm_80 keeps loads under way and spills nothing."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks import counts  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def on_vgpu(pytestconfig):
+    if pytestconfig.getoption("backend") != "vgpu":
+        pytest.skip("counts what the virtual A100 does")
+
+
+@pytest.fixture
+def machine_code():
+    from vgpu import machine_code
+    if machine_code.cuobjdump() is None:
+        pytest.skip("no cuobjdump, on PATH or with Triton")
+    return machine_code
+
+
+every_case = pytest.mark.parametrize("case", counts.CASES,
+                                     ids=lambda c: f"{c.op}-{c.direction}-{c.shape}")
+
+
+@every_case
+def test_traffic(case):
+    got = counts.count(case)
+    assert got.bytes <= (1.02 if case.direction == "forward" else 1.05)
+    # Rows of odd width begin within a sector: a request of 512 bytes then touches 17, not 16.
+    assert got.sectors <= (1.04 if case.shape.endswith("32001") else 1.02)
+    assert got.shared is None or got.shared <= 1.01
+    assert got.per_kib < 250
+
+
+@every_case
+def test_loads_in_flight(machine_code, summary, case):
+    got = counts.count(case)
+    summary.append(counts.line(case, got))
+    assert counts.registers_and_loads_in_flight(got.launch)[1] >= 32
+
+
+def source_names():
+    return sorted(path.name for path in (Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+
+
+@pytest.mark.parametrize("name", source_names())
+def test_machine_code_spills_nothing_and_moves_16_bytes(machine_code, summary, name):
+    from vgpu import library
+
+    source = library.CSRC / "cuda" / name
+    resources, code = machine_code.resources(source), machine_code.instructions(source)
+    assert resources.keys() == code.keys()
+    for kernel, found in resources.items():
+        assert (found["stack"], found["local"]) == (0, 0), kernel
+        assert not [text for text in code[kernel] if re.match(r"LDL|STL", text)], kernel
+        # Names have the template's types and numbers: of elements moved at once, where it has any.
+        vector = re.search(r"(?:float|double|half|bfloat16|[fd]|S\d?_)Li(\d)E", kernel)
+        if vector and int(vector[1]) > 1:
+            for access in ("LDG", "STG"):
+                assert [t for t in code[kernel] if re.match(rf"{access}\S*\.128", t)], kernel
+    if resources:
+        summary.append(f"{name} for sm_80: {len(resources)} kernels, at most "
+                       f"{max(f['registers'] for f in resources.values())} registers, no spill, no "
+                       "local memory")

@@ -1,0 +1,75 @@
+"""What ptxas made of the CUDA kernels for sm_80: registers, spills, instructions, loads in flight."""
+
+import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from . import library
+
+# One SM of an A100.
+REGISTERS, THREADS, BLOCKS, SHARED_BYTES = 65536, 2048, 32, 164 << 10
+BLOCK_SHARED_OVERHEAD = 1024  # bytes that the driver keeps of each block's shared memory
+
+
+def cuobjdump():
+    """The tool: that on PATH, else Triton's; None without."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        try:
+            import triton
+        except ImportError:
+            return None
+        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return found
+
+
+def _dump(option, source):
+    done = subprocess.run([cuobjdump(), option, str(library.kernel_object(source))],
+                          capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+@functools.cache
+def resources(source):
+    """{kernel: {"registers", "stack", "shared" (static), "local"}} of a CUDA file."""
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+                       _dump("-res-usage", source))
+    return {name: dict(zip(("registers", "stack", "shared", "local"), map(int, numbers)))
+            for name, *numbers in found}
+
+
+@functools.cache
+def instructions(source):
+    """{kernel: its instructions, as text without predicates} of a CUDA file."""
+    kernels = re.split(r"Function : ", _dump("-sass", source))[1:]
+    return {text.split()[0]: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*?)\s*;",
+                                        text)
+            for text in kernels}
+
+
+def loads_in_flight(code):
+    """The most 16-byte loads from global memory that a thread waits for at one time, going through
+    its instructions once, in order: a load is waited for where its result is first used, and with it
+    every load before it."""
+    waiting, most = [], 0
+    for text in code:
+        registers = {int(r) for r in re.findall(r"\bR(\d+)", text)}
+        used = [i for i, results in enumerate(waiting) if results & registers]
+        if used:
+            waiting = waiting[used[-1] + 1:]
+        if re.match(r"LDG\S*\.128", text):
+            first = int(re.search(r"\bR(\d+)", text)[1])
+            waiting.append(set(range(first, first + 4)))
+            most = max(most, len(waiting))
+    return most
+
+
+def resident_threads(registers, block_threads, shared_bytes):
+    """Threads that an SM holds of blocks of so many threads with so many registers each and so much
+    shared memory: registers are given out by 256 a warp."""
+    warps = -(-block_threads // 32)
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    by_shared = SHARED_BYTES // (shared_bytes + BLOCK_SHARED_OVERHEAD)
+    return min(by_registers, by_shared, THREADS // (warps * 32), BLOCKS) * block_threads
