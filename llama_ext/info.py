@@ -13,8 +13,8 @@ _CUDA_LIBRARY = Path(__file__).parent / "libllama_ext_cuda.so"
 
 def _cuda_kernels():
     if not _CUDA_LIBRARY.exists():
-        return ("none in this build, which found no nvcc: put that of CUDA 13 on PATH or in "
-                "CUDA_HOME, or pip install '.[nvcc]', and build again")
+        return ("none in this build, which found no nvcc: put that of CUDA 12.4 or newer on PATH "
+                "or in CUDA_HOME, or pip install '.[nvcc]', and build again")
     return torch.ops.llama_ext.cuda_kernels()
 
 

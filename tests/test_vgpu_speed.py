@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from test_vgpu_triton import compile_kernel, encode, matmul_kernel, normal
 from vgpu import Device
@@ -25,18 +26,20 @@ def rate(module, *launch, **kwargs):
     return best
 
 
-def test_matmul(summary):
+@pytest.mark.parametrize("dtype, name", [("bf16", "bf16"), ("float32", "tf32")])
+def test_matmul(summary, dtype, name):
     n = 256
-    a, b = normal(n, n, dtype="bf16"), normal(n, n, dtype="bf16")
-    args = [a, b, encode(np.zeros((n, n)), "bf16"), n, n, n]
+    a, b = normal(n, n, dtype=dtype), normal(n, n, dtype=dtype)
+    args = [a, b, encode(np.zeros((n, n)), dtype), n, n, n]
     kernel = compile_kernel(matmul_kernel, args, (64, 64, 32))
     module = Device(threads=1).load_ptx(kernel.asm["ptx"])
     speed, seconds, stats = rate(module, "matmul_kernel", (n // 64, n // 64), 128,
                                  [*args, None, None], shared=kernel.metadata.shared)
-    share = stats["tensor"] / stats["warp_instructions"]
+    (shape, count), = stats["mma"].items()
     summary.append(f"virtual A100: {speed / 1e6:.1f} million warp instructions per second per core "
-                   f"in a bf16 matmul ({share:.0%} of them mma.m16n8k16; everything included "
-                   f"{1e6 * seconds / stats['tensor']:.2f} us per mma)")
+                   f"in a {name} matmul ({count / stats['warp_instructions']:.0%} of them mma."
+                   f"{shape.split('.')[0]}; everything included {1e6 * seconds / count:.2f} us "
+                   "per mma)")
     assert speed > FLOOR
 
 

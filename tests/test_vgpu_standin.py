@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+SHIPPED = TESTS.parent / "llama_ext" / "libllama_ext_cuda.so"
 
 
 def run(tmp_path, script):
@@ -85,10 +86,42 @@ def test_a_library_that_does_not_fit_is_one_sentence(tmp_path, source, expected)
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU, which would be given "
                     "the host's memory")
 def test_the_shipped_library_says_that_there_is_no_driver():
-    library = TESTS.parent / "llama_ext" / "libllama_ext_cuda.so"
-    if not library.exists():
+    if not SHIPPED.exists():
         pytest.skip("built without nvcc")
     done = subprocess.run([sys.executable, "-c", SETUP + "print(sentence(lx.rmsnorm, w, w))"],
                           capture_output=True, text=True, cwd=TESTS.parent,
-                          env=os.environ | {"LLAMA_EXT_CPU_TENSORS_TO": str(library)})
+                          env=os.environ | {"LLAMA_EXT_CPU_TENSORS_TO": str(SHIPPED)})
     assert re.match(r"rmsnorm: CUDA [\d,]+ failed to launch: .*driver", done.stdout), done.stderr
+
+
+def ptx_of(library, tool, folder):
+    """A library's PTX for compute_80: a text for each kernel, and one for what stands before the
+    first of a file. An unnamed namespace is named by a hash of the compile command; it is cut out,
+    and nothing else is."""
+    folder.mkdir()
+    subprocess.run([tool, "-xptx", "all", str(library)], cwd=folder, check=True,
+                   capture_output=True)
+    texts = {}
+    for path in folder.glob("*.sm_80.ptx"):
+        text = re.sub(r"_GLOBAL__N__[0-9a-f]{8}_", "_GLOBAL__N__", path.read_text())
+        head, *kernels = re.split(r"^(?=\.(?:\w+ \.)?entry )", text, flags=re.M)
+        names = [re.search(r"\.entry (\S+?)\(", kernel)[1] for kernel in kernels]
+        texts |= {f"before {names[0]}": head} if names else {}
+        texts |= dict(zip(names, kernels))
+    return texts
+
+
+def test_the_shipped_ptx_is_what_the_virtual_a100_runs(tmp_path):
+    from vgpu import library
+
+    tool = library.cuobjdump()
+    if tool is None or not SHIPPED.exists():
+        pytest.skip("no cuobjdump, on PATH or in the package triton" if SHIPPED.exists()
+                    else "built without nvcc")
+    shipped = ptx_of(SHIPPED, tool, tmp_path / "shipped")
+    tested = ptx_of(library.library(), tool, tmp_path / "tested")
+    assert len(tested) > 40
+    differing = [name for name in shipped.keys() | tested.keys()
+                 if shipped.get(name) != tested.get(name)]
+    assert not differing, ("the library was built from other sources, or by another nvcc, than what "
+                           f"the virtual A100 runs; build it again. Other PTX in {differing}")

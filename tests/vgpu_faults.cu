@@ -218,6 +218,17 @@ KERNEL missing_syncwarp(int* y) {
   y[threadIdx.x] = s[31 - threadIdx.x];
 }
 
+KERNEL last_reader_writes(int* y) {  // what all lanes have read in one instruction
+  __shared__ int s[32];
+  s[threadIdx.x] = threadIdx.x;
+  __syncwarp();
+  const int first = s[0];
+  if (!kPlant) __syncwarp();
+  if (threadIdx.x == 31) s[0] = 5;
+  __syncwarp();
+  y[threadIdx.x] = first + s[0];
+}
+
 KERNEL never_ends(volatile int* flag, int* y) {
   while (kPlant && *flag == 0) {
   }

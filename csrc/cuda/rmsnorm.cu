@@ -3,8 +3,8 @@
 // D width of a row. v counts a row's vectors (16 bytes of x, or one element where alignment or an
 // odd D forbids more), k the kKeep vectors a thread keeps in registers: thread t of the blockDim.x
 // that share a row has the vectors t + k * blockDim.x. Rows too long for that (more than 64 KB
-// forward, 32 KB backward) and those moved by single elements are not kept (kKeep = 0): they are
-// read a second time, from L2.
+// forward, 32 KB backward; moved by single elements, more than 8192 and 4096) are not kept
+// (kKeep = 0): they are read a second time, from L2.
 #include <algorithm>
 
 #include "kernels.cuh"
@@ -37,7 +37,7 @@ template <int kN, int kKeep, class F> __device__ void for_each_vec(int D, const 
 //
 // Loads in flight: at 64 registers an SM holds 1024 threads; each asks for kKeep = 4 vectors of 16
 // bytes before it uses the first: 64 KB per SM of x, and as much of the residual (32 KB are needed
-// to cover A100's memory latency).
+// to cover A100's memory latency). Of single elements kKeep = 8: 16 KB of bf16.
 template <class T, class W, int kN, int kKeep>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     rmsnorm_fwd_kernel(T* __restrict__ y,               // (rows, D)
@@ -103,10 +103,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   });
 }
 
-// A vector of kN values has its sums in kQuads pieces of 16 bytes. Sums lie as [kQuads][D / kN]
-// pieces, in shared memory and in `partial`: neighbouring threads touch neighbouring pieces.
+// A vector of kN values has its sums in kQuads pieces of up to 16 bytes. Sums lie as
+// [kQuads][D / kN] pieces, in shared memory and in `partial`: neighbouring threads touch
+// neighbouring pieces.
 template <class T, int kN>
 constexpr int kQuadsOf = kN * sizeof(Acc<T>) > 16 ? kN * sizeof(Acc<T>) / 16 : 1;
+
+// Piece q of vector v's sums, of `vecs` vectors.
+template <int kPiece, class A> __device__ Vec<A, kPiece>& piece(A* sums, int q, int v, int vecs) {
+  return reinterpret_cast<Vec<A, kPiece>*>(sums)[q * vecs + v];
+}
 
 // dx = rstd * (dy * weight - h * rstd^2 * mean(dy * weight * h)) + dh, and this block's part of
 // dweight = sum over rows of dy * h * rstd.
@@ -119,7 +125,8 @@ constexpr int kQuadsOf = kN * sizeof(Acc<T>) > 16 ? kN * sizeof(Acc<T>) / 16 : 1
 //
 // Loads in flight: one block of up to 1024 threads per SM (64 registers); each asks for kKeep = 2
 // vectors of dy and of h before it uses the first: 64 KB per SM at D = 4096 bf16. Groups wait for
-// each other only at the end, so that some load while others compute.
+// each other only at the end, so that some load while others compute. Of single elements kKeep = 4:
+// 16 KB of bf16.
 template <class T, class W, int kN, int kKeep>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     rmsnorm_bwd_kernel(T* __restrict__ dx,              // (rows, D)
@@ -138,7 +145,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   extern __shared__ __align__(16) char s_dynamic[];
   const int begin = int64_t(rows) * blockIdx.x / gridDim.x;
   const int end = int64_t(rows) * (blockIdx.x + 1) / gridDim.x;
+  constexpr int kQuads = kQuadsOf<T, kN>, kPiece = kN / kQuads;
   A* sums = partial + int64_t(blockIdx.x) * D;  // this block's
+  const int vecs = D / kN;
 
   Vec<A, kN> r_dw[kKeep + 1] = {};
   int turn = 0;
@@ -170,7 +179,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if constexpr (kKeep == 0) {
         r_dy[k] = load<kN>(dy_row + v * kN);
         r_h[k] = load<kN>(h_row + v * kN);
-        r_dw[k] = partial && i > begin ? load<kN>(sums + v * kN) : Vec<A, kN>{};
+        r_dw[k] = {};
+        if (partial && i > begin)
+#pragma unroll
+          for (int q = 0; q < kQuads; q++)
+            reinterpret_cast<Vec<A, kPiece>*>(&r_dw[k])[q] = piece<kPiece>(sums, q, v, vecs);
       }
       const Vec<W, kN> w = load<kN>(weight + v * kN);
       Vec<T, kN> r_dh{};
@@ -183,24 +196,26 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         r_dw[k].at[e] += g * (value * r);
       }
       store(dx + int64_t(i) * D + v * kN, r_dx);
-      if (kKeep == 0 && partial) store(sums + v * kN, r_dw[k]);
+      if (kKeep == 0 && partial)
+#pragma unroll
+        for (int q = 0; q < kQuads; q++)
+          piece<kPiece>(sums, q, v, vecs) = reinterpret_cast<Vec<A, kPiece>*>(&r_dw[k])[q];
     });
   }
 
   if constexpr (kKeep > 0) {
     if (!partial) return;
-    constexpr int kPiece = 16 / sizeof(A), kQuads = kQuadsOf<T, kN>;
-    auto* s_dw = reinterpret_cast<Vec<A, kPiece>*>(s_dynamic);
-    const int last = int(blockDim.y) - 1, vecs = D / kN;
+    auto* s_dw = reinterpret_cast<A*>(s_dynamic);
+    const int last = int(blockDim.y) - 1;
     for (int group = 0; group <= last; group++) {
       if (threadIdx.y == group)
         for_each_vec<kN, kKeep>(D, [&](int v, int k) {
 #pragma unroll
           for (int q = 0; q < kQuads; q++) {
-            Vec<A, kPiece> sum = group ? s_dw[q * vecs + v] : Vec<A, kPiece>{};
+            Vec<A, kPiece> sum = group ? piece<kPiece>(s_dw, q, v, vecs) : Vec<A, kPiece>{};
             for (int e = 0; e < kPiece; e++) sum.at[e] += r_dw[k].at[q * kPiece + e];
-            if (group < last) s_dw[q * vecs + v] = sum;
-            else store(sums + (q * vecs + v) * kPiece, sum);
+            if (group < last) piece<kPiece>(s_dw, q, v, vecs) = sum;
+            else piece<kPiece>(sums, q, v, vecs) = sum;
           }
         });
       __syncthreads();  // the next group adds to what this one has stored
@@ -237,11 +252,6 @@ __global__ void __launch_bounds__(kColumns * kSlices)
   dweight[element] = round_to<W>(sum);
 }
 
-// The threads of a row of `vecs` vectors where each keeps up to `keep`: whole warps.
-int row_threads(int64_t vecs, int keep) {
-  return int(std::clamp<int64_t>(ceil_div(vecs, 32 * keep) * 32, 32, kMaxThreads));
-}
-
 }  // namespace
 
 Status rmsnorm_fwd(void* y, void* h, void* rstd, const void* x, Rows x_rows, const void* residual,
@@ -252,8 +262,9 @@ Status rmsnorm_fwd(void* y, void* h, void* rstd, const void* x, Rows x_rows, con
   return dispatch(dtype, weight_dtype, [&](auto t, auto w) {
     using T = decltype(t);
     using W = decltype(w);
-    constexpr int kVec = kVecSize<T>, kKeep = 4;
-    const auto launch = [&](auto kernel, int threads) {
+    constexpr int kVec = kVecSize<T>, kKeep = 4, kKeepSingles = 8;
+    const auto launch = [&](auto kernel, int64_t vecs, int keep) {
+      const int threads = row_threads(vecs, keep, kMaxThreads);
       const dim3 block(threads, threads == 32 ? 4 : 1);
       kernel<<<unsigned(ceil_div(rows, block.y)), block, 0, cudaStream_t(stream)>>>(
           static_cast<T*>(y), static_cast<T*>(h), static_cast<Acc<T>*>(rstd),
@@ -262,12 +273,13 @@ Status rmsnorm_fwd(void* y, void* h, void* rstd, const void* x, Rows x_rows, con
       return launch_status();
     };
     if (D % kVec || !aligned(y) || !aligned(h) || !aligned(weight) || !aligned<T>(x, x_rows) ||
-        !aligned<T>(residual, residual_rows))
-      return launch(rmsnorm_fwd_kernel<T, W, 1, 0>, row_threads(D, kKeep));
+        !aligned<T>(residual, residual_rows)) {
+      if (D > kKeepSingles * kMaxThreads) return launch(rmsnorm_fwd_kernel<T, W, 1, 0>, D, 1);
+      return launch(rmsnorm_fwd_kernel<T, W, 1, kKeepSingles>, D, kKeepSingles);
+    }
     const int64_t vecs = D / kVec;
-    if (vecs > kKeep * kMaxThreads)
-      return launch(rmsnorm_fwd_kernel<T, W, kVec, 0>, kMaxThreads);
-    return launch(rmsnorm_fwd_kernel<T, W, kVec, kKeep>, row_threads(vecs, kKeep));
+    if (vecs > kKeep * kMaxThreads) return launch(rmsnorm_fwd_kernel<T, W, kVec, 0>, vecs, 1);
+    return launch(rmsnorm_fwd_kernel<T, W, kVec, kKeep>, vecs, kKeep);
   });
 }
 
@@ -285,8 +297,12 @@ Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows 
     using T = decltype(t);
     using W = decltype(w);
     using A = Acc<T>;
-    constexpr int kVec = kVecSize<T>, kKeep = 2;
-    const auto launch = [&](auto kernel, dim3 block, size_t shared_bytes) {
+    constexpr int kVec = kVecSize<T>, kKeep = 2, kKeepSingles = 4;
+    const auto launch = [&](auto kernel, int64_t vecs, int keep) {  // keep 0: not kept
+      const int threads = row_threads(vecs, std::max(keep, 1), kMaxThreads);
+      const int groups = keep ? std::min(kMaxThreads / threads, kMaxGroups) : 1;
+      const dim3 block(threads, groups);
+      const size_t shared_bytes = groups > 1 ? D * sizeof(A) : 0;
       kernel<<<unsigned(parts), block, shared_bytes, cudaStream_t(stream)>>>(
           static_cast<T*>(dx), static_cast<A*>(dweight ? partial : nullptr),
           static_cast<const T*>(dy), dy_rows, static_cast<const T*>(dh), dh_rows,
@@ -294,18 +310,16 @@ Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows 
           static_cast<const A*>(rstd), int(D), int(rows));
     };
     const int64_t vecs = D / kVec;
-    int quads = 1;
+    int quads = kQuadsOf<T, kVec>;
     if (D % kVec || !aligned(dx) || !aligned(partial) || !aligned(weight) ||
         !aligned<T>(dy, dy_rows) || !aligned<T>(dh, dh_rows) || !aligned<T>(h, h_rows)) {
-      launch(rmsnorm_bwd_kernel<T, W, 1, 0>, row_threads(D, kKeep), 0);
+      quads = 1;
+      if (D > kKeepSingles * kMaxThreads) launch(rmsnorm_bwd_kernel<T, W, 1, 0>, D, 0);
+      else launch(rmsnorm_bwd_kernel<T, W, 1, kKeepSingles>, D, kKeepSingles);
     } else if (vecs > kKeep * kMaxThreads) {
-      launch(rmsnorm_bwd_kernel<T, W, kVec, 0>, kMaxThreads, 0);
+      launch(rmsnorm_bwd_kernel<T, W, kVec, 0>, vecs, 0);
     } else {
-      const int threads = row_threads(vecs, kKeep);
-      const int groups = std::min(kMaxThreads / threads, kMaxGroups);
-      launch(rmsnorm_bwd_kernel<T, W, kVec, kKeep>, dim3(threads, groups),
-             groups > 1 ? D * sizeof(A) : 0);
-      quads = kQuadsOf<T, kVec>;
+      launch(rmsnorm_bwd_kernel<T, W, kVec, kKeep>, vecs, kKeep);
     }
     if (dweight)
       rmsnorm_bwd_dweight_kernel<W, A>

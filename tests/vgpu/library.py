@@ -1,11 +1,13 @@
 """Builds the CUDA library for the virtual A100: its own sources, as nvcc compiles them for sm_80,
 linked with standin/ instead of the CUDA runtime. Cached by content in build/vgpu/."""
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -66,6 +68,15 @@ def compile_ptx(source, *flags):
         "-o", str(out)], [source]).read_text()
 
 
+def cuobjdump():
+    """Its path: that on PATH or of Triton's package; None without."""
+    found = importlib.util.find_spec("triton")
+    places = list(found.submodule_search_locations) if found else []
+    return shutil.which("cuobjdump") or next(
+        (tool for place in places
+         if os.access(tool := f"{place}/backends/nvidia/bin/cuobjdump", os.X_OK)), None)
+
+
 def kernel_object(source):
     """An object file with machine code for sm_80 and its PTX as plain text."""
     headers = [CSRC / "api.h", *sorted((CSRC / "cuda").glob("*.cuh"))]
@@ -102,9 +113,21 @@ def activate():
 def _loaded():
     loaded = ctypes.CDLL(os.environ["LLAMA_EXT_CPU_TENSORS_TO"])
     loaded.vgpu_take_log.restype = ctypes.c_char_p
+    loaded.vgpu_run_edges.argtypes = [ctypes.c_double]
     return loaded
 
 
 def take_log():
     """One dict for each launch since the last call: kernel, grid, block and the counters."""
     return json.loads(_loaded().vgpu_take_log())
+
+
+@contextlib.contextmanager
+def edges(share):
+    """Within it launches run only the first and the last of their blocks, `share` of the grid at
+    each end, rounded up: for tensors too large to run through."""
+    _loaded().vgpu_run_edges(share)
+    try:
+        yield
+    finally:
+        _loaded().vgpu_run_edges(1)

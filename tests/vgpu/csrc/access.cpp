@@ -40,8 +40,9 @@ int lane_at(const Warp& w, const uint64_t* at, uint64_t bytes, uint64_t address)
   const uint64_t number = block_of(c.stamp);  // in shared memory: the warp
   std::string other = "warp " + text(shared ? number : warp_of(c.stamp));
   std::string between = "barrier";
+  const bool many_lanes = shared && number == w.index && c.stamp & kManyWarps;
   if (shared && number == w.index) {
-    other = c.stamp & kManyWarps ? "other lanes" : "lane " + text(warp_of(c.stamp));
+    other = many_lanes ? "other lanes" : "lane " + text(warp_of(c.stamp));
     between = "__syncwarp";
   } else if (!shared && number != w.block->number) {
     other += " of block " + block_text(*w.block, number);
@@ -49,7 +50,8 @@ int lane_at(const Warp& w, const uint64_t* at, uint64_t bytes, uint64_t address)
   }
   if (c.stamp & kManyBlocks) other += " (and others)";
   fault(w, in, lane, "race: " + std::string(verb(kind)) + " " + where + " that " + other +
-                         (c.other_wrote ? " writes" : " reads") + " with no " + between +
+                         (c.other_wrote ? " writes" : many_lanes ? " read" : " reads") +
+                         " with no " + between +
                          " between the two");
 }
 
@@ -162,32 +164,42 @@ bool global_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Acce
 
 // Shared memory serves 128 bytes per clock: 32 lanes of 4 bytes, 16 of 8, 8 of 16. Lanes of such
 // a phase that want different words of one bank take turns.
-void count_shared(Block& b, uint32_t exec, const uint64_t* at, int bytes, bool dense) {
+void count_shared(Block& b, uint32_t exec, const uint64_t* at, int bytes) {
   Counters& c = b.counters;
-  const int words = std::max(bytes / 4, 1), phase = kLanes / words;
+  const int shift = bytes == 16 ? 4 : bytes == 8 ? 3 : 2, phase = kLanes >> (shift - 2);
+  auto bank = [&](int i) { return uint32_t(at[i] >> shift) & uint32_t(phase - 1); };
+  auto lanes_of = [&](int first) {
+    return exec & (phase == kLanes ? kAllLanes : ((1u << phase) - 1) << first);
+  };
+  uint64_t phases = 0;
+  for (int first = 0; first < kLanes; first += phase) phases += lanes_of(first) != 0;
   c.shared_requests++;
+  c.shared_wavefronts_ideal += phases;
+  uint32_t banks = 0;  // a bit per bank and phase
+  for (int i = 0; i < kLanes; i++)
+    banks |= (exec >> i & 1) << (bank(i) + uint32_t(i & -phase));
+  if (std::popcount(banks) == std::popcount(exec)) {  // to each lane its own
+    c.shared_wavefronts += phases;
+    return;
+  }
   for (int first = 0; first < kLanes; first += phase) {
-    const uint32_t in_phase = exec & (phase == 32 ? kAllLanes : ((1u << phase) - 1) << first);
-    if (!in_phase) continue;
-    c.shared_wavefronts_ideal++;
-    uint64_t first_unit[kLanes];
+    uint64_t units[kLanes];
     uint32_t seen = 0;
     bool conflict = false;
-    for (uint32_t m = dense ? 0 : in_phase; m; m &= m - 1) {
-      const uint64_t unit = at[std::countr_zero(m)] / 4 / uint64_t(words);
-      const uint64_t bank = unit % uint64_t(phase);
-      if (seen >> bank & 1) conflict = conflict || first_unit[bank] != unit;
-      else first_unit[bank] = unit;
-      seen |= 1u << bank;
+    for (uint32_t m = lanes_of(first); m; m &= m - 1) {
+      const int i = std::countr_zero(m);
+      const uint64_t unit = at[i] >> shift;
+      conflict = conflict || ((seen >> bank(i) & 1) && units[bank(i)] != unit);
+      units[bank(i)] = unit;
+      seen |= 1u << bank(i);
     }
     if (!conflict) {
-      c.shared_wavefronts++;
+      c.shared_wavefronts += seen != 0;
       continue;
     }
-    uint64_t units[kLanes];
     int n = 0;
-    for (uint32_t m = in_phase; m; m &= m - 1)
-      units[n++] = at[std::countr_zero(m)] / 4 / uint64_t(words);
+    for (uint32_t m = lanes_of(first); m; m &= m - 1)
+      units[n++] = at[std::countr_zero(m)] >> shift;
     std::sort(units, units + n);
     n = int(std::unique(units, units + n) - units);
     int depth[kLanes] = {}, most = 0;
@@ -237,7 +249,7 @@ bool shared_access(Warp& w, const Instr& in, const uint64_t* at, int bytes, Acce
       mark(b.shared_shadow, at[i], length, kind, stamp + uint64_t(i) * kWarpUnit);
     });
   }
-  count_shared(b, w.exec, at, bytes, dense);
+  count_shared(b, w.exec, at, bytes);
   if (kind == Access::kAtomicUpdate) b.counters.atomics += uint64_t(std::popcount(w.exec));
   return dense;
 }

@@ -1,5 +1,6 @@
 // Device: modules, memory, and launches over the CPU's cores.
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <thread>
@@ -126,6 +127,7 @@ Stats collect(const Kernel& kernel, const std::vector<std::unique_ptr<Worker>>& 
 
 struct Device::State {
   Options options;
+  double edges = 1;  // see run_edges
   std::shared_ptr<LockedMemory> shared = std::make_shared<LockedMemory>();
   std::mutex& lock = shared->lock;
   Memory& memory = shared->memory;
@@ -185,6 +187,11 @@ void Device::read_marks(const void* data, size_t bytes, uint8_t* marks) const {
   std::memcpy(marks, a->init + (at - a->base), bytes);
 }
 
+void Device::run_edges(double share) {
+  const std::lock_guard guard(state_->lock);
+  state_->edges = share;
+}
+
 Stats Device::launch(const Module& module, const std::string& name, Dim grid, Dim block,
                      size_t dynamic_shared, const void* const* args) {
   const std::lock_guard guard(state_->lock);
@@ -207,8 +214,10 @@ Stats Device::launch(const Module& module, const std::string& name, Dim grid, Di
     std::memcpy(launch.params.data() + kernel.params[i].offset, args[i], kernel.params[i].bytes);
   state_->memory.begin_launch(kernel.global_granule);
 
+  const uint64_t grid_blocks = uint64_t(grid.x) * grid.y * grid.z;
+  const auto edge = uint64_t(std::ceil(state_->edges * double(grid_blocks)));
   // A stride without common factor visits every block once, in an order that the seed picks.
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  const uint64_t blocks = std::min(2 * edge, grid_blocks);
   uint64_t stride = (launch.seed * 0x9e3779b97f4a7c15ull >> 20) % blocks | 1;
   while (std::gcd(stride, blocks) != 1) stride += 2;
   const auto begin = std::chrono::steady_clock::now();
@@ -220,8 +229,10 @@ Stats Device::launch(const Module& module, const std::string& name, Dim grid, Di
   auto work = [&](std::unique_ptr<Worker>& worker) {
     try {
       worker = std::make_unique<Worker>(launch);
-      for (uint64_t i; !launch.stopped && (i = next++) < blocks;)
-        worker->run((i * stride + launch.seed % blocks) % blocks);
+      for (uint64_t i; !launch.stopped && (i = next++) < blocks;) {
+        const uint64_t number = (i * stride + launch.seed % blocks) % blocks;
+        worker->run(number < edge ? number : grid_blocks - blocks + number);
+      }
     } catch (...) {
       const std::lock_guard hold(error_lock);
       if (!error) error = std::current_exception();

@@ -79,6 +79,10 @@ class Device {
   // Per byte of memory that was added with initialised = false: 0 where it still may not be read.
   void read_marks(const void* data, size_t bytes, uint8_t* marks) const;
 
+  // From now on launches run only their first and their last blocks, this share of the grid at each
+  // end, rounded up: for tensors that are too large to run through. 1: all.
+  void run_edges(double share);
+
   // args[i] points to the bytes of parameter i. Throws Fault, or std::invalid_argument for a
   // launch that a driver would refuse.
   Stats launch(const Module& module, const std::string& kernel, Dim grid, Dim block,

@@ -1,6 +1,7 @@
 // The checks, on vectors of stamps: a warp's access is a few comparisons unless something is wrong.
 #include "shadow.h"
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -131,7 +132,10 @@ struct Lanes {
 };
 
 template <class F> inline void each(uint32_t mask, F f) {
-  for (; mask; mask &= mask - 1) f(__builtin_ctz(mask));
+  if (mask == ~0u)
+    for (int i = 0; i < 32; i++) f(i);
+  else
+    for (; mask; mask &= mask - 1) f(__builtin_ctz(mask));
 }
 
 template <class Word, int kWords> bool lanes_have_init(const Shadow& s, const Lanes& l) {
@@ -155,16 +159,30 @@ bool lanes_have_init(const Shadow& s, const Lanes& l) {
   }
 }
 
-// Each lane's access covers N granules. Most were last touched in another launch or interval, which
-// one comparison tells.
+// Whether stamps are of another launch or interval than those that they were compared with by xor:
+// true of most, and then nothing races and nothing is merged.
+template <int N> inline V<N> least(V<N> a, V<N> b) { return a < b ? a : b; }
+template <int N> inline bool old(V<N> least_difference) {
+  return !any<N>((V<N>)(least_difference < kLaunchUnit));
+}
+
+// Whether lanes that were marked as readers are no longer, because others read the same.
+inline bool shares_granules(const Shadow& s, const Lanes& l) {
+  uint64_t differs = 0;
+  each(l.mask, [&](int i) { differs |= s.read[s.index(l.at[i])] ^ l.stamp_of(i); });
+  return differs >= kWarpUnit;
+}
+
+// Each lane's access covers N granules.
 template <int N, bool kReads> bool mark_lanes(Shadow& s, const Lanes& l) {
-  V<N> recent{}, race{};
+  V<N> written = V<N>{} - 1, read = written, race{};
   each(l.mask, [&](int i) {
     const uint64_t k = s.index(l.at[i]);
-    recent |= (V<N>)((load<V<N>>(s.written + k) ^ l.stamp_of(i)) < kLaunchUnit);
-    if (!kReads) recent |= (V<N>)((load<V<N>>(s.read + k) ^ l.stamp_of(i)) < kLaunchUnit);
+    written = least<N>(written, load<V<N>>(s.written + k) ^ l.stamp_of(i));
+    read = least<N>(read, load<V<N>>(s.read + k) ^ l.stamp_of(i));
   });
-  if (any<N>(recent)) each(l.mask, [&](int i) {
+  const bool old_writes = old<N>(written), old_reads = old<N>(read);
+  if (!old_writes || !(kReads || old_reads)) each(l.mask, [&](int i) {
     const uint64_t k = s.index(l.at[i]);
     const V<N> stamp = V<N>{} + l.stamp_of(i);
     race |= unordered<N>(load<V<N>>(s.written + k), stamp);
@@ -172,40 +190,60 @@ template <int N, bool kReads> bool mark_lanes(Shadow& s, const Lanes& l) {
   });
   if (any<N>(race)) return false;
   uint64_t* const stamps = kReads ? s.read : s.written;
-  each(l.mask, [&](int i) {
+  if (kReads ? old_reads : old_writes) {
+    each(l.mask, [&](int i) {
+      const V<N> stamp = V<N>{} + l.stamp_of(i);
+      std::memcpy(stamps + s.index(l.at[i]), &stamp, sizeof stamp);
+    });
+    if (kReads && shares_granules(s, l)) each(l.mask, [&](int i) {
+      uint64_t* at = stamps + s.index(l.at[i]);
+      for (int k = 0; k < N; k++) at[k] |= at[k] == l.stamp_of(i) ? 0 : kManyWarps;
+    });
+  } else each(l.mask, [&](int i) {
     uint64_t* at = stamps + s.index(l.at[i]);
-    const V<N> old = load<V<N>>(at);
     const V<N> stamp = V<N>{} + l.stamp_of(i);
-    const V<N> now = kReads ? merge_reads<N>(old, stamp) : merge_writes<N>(old, stamp);
+    const V<N> now = kReads ? merge_reads<N>(load<V<N>>(at), stamp)
+                            : merge_writes<N>(load<V<N>>(at), stamp);
     std::memcpy(at, &now, sizeof now);
   });
   return true;
 }
 
-// One granule per lane: the stamps of eight lanes at a time.
+// One granule per lane: where stamps are recent, those of eight lanes at a time.
 template <bool kReads> bool mark_single_granules(Shadow& s, const Lanes& l) {
-  alignas(64) uint64_t written[32], read[32], own[32], now[32], at[32];
-  for (int i = 0; i < 32; i++) written[i] = read[i] = own[i] = l.stamp_of(i);
+  alignas(64) uint64_t written[32], read[32], own[32], at[32];
+  uint64_t least_written = ~0ull, least_read = ~0ull;
+  if (l.mask != ~0u)
+    for (int i = 0; i < 32; i++) written[i] = read[i] = own[i] = 0;  // in order, whatever it is
   each(l.mask, [&](int i) {
     at[i] = s.index(l.at[i]);
+    own[i] = l.stamp_of(i);
     written[i] = s.written[at[i]];
     read[i] = s.read[at[i]];
+    least_written = std::min(least_written, written[i] ^ own[i]);
+    least_read = std::min(least_read, read[i] ^ own[i]);
   });
-  V<8> race{};
-  for (int k = 0; k < 32; k += 8) {
-    const V<8> stamp = load<V<8>>(own + k);
-    race |= unordered<8>(load<V<8>>(written + k), stamp);
-    if (!kReads) race |= unordered_with_reads<8>(load<V<8>>(read + k), stamp);
-  }
-  if (any<8>(race)) return false;
-  for (int k = 0; k < 32; k += 8) {
-    const V<8> stamp = load<V<8>>(own + k);
-    const V<8> merged = kReads ? merge_reads<8>(load<V<8>>(read + k), stamp)
-                               : merge_writes<8>(load<V<8>>(written + k), stamp);
-    std::memcpy(now + k, &merged, sizeof merged);
+  const bool old_writes = least_written >= kLaunchUnit, old_reads = least_read >= kLaunchUnit;
+  if (!old_writes || !(kReads || old_reads)) {
+    V<8> race{};
+    for (int k = 0; k < 32; k += 8) {
+      const V<8> stamp = load<V<8>>(own + k);
+      race |= unordered<8>(load<V<8>>(written + k), stamp);
+      if (!kReads) race |= unordered_with_reads<8>(load<V<8>>(read + k), stamp);
+    }
+    if (any<8>(race)) return false;
   }
   uint64_t* const stamps = kReads ? s.read : s.written;
-  each(l.mask, [&](int i) { stamps[at[i]] = now[i]; });
+  if (!(kReads ? old_reads : old_writes))
+    for (int k = 0; k < 32; k += 8) {
+      const V<8> stamp = load<V<8>>(own + k);
+      const V<8> merged = kReads ? merge_reads<8>(load<V<8>>(read + k), stamp)
+                                 : merge_writes<8>(load<V<8>>(written + k), stamp);
+      std::memcpy(own + k, &merged, sizeof merged);
+    }
+  each(l.mask, [&](int i) { stamps[at[i]] = own[i]; });
+  if (kReads && shares_granules(s, l))
+    each(l.mask, [&](int i) { stamps[at[i]] |= stamps[at[i]] == own[i] ? 0 : kManyWarps; });
   return true;
 }
 
@@ -226,7 +264,8 @@ bool check_lanes(Shadow& s, uint32_t lanes, const uint64_t* at, int bytes, Acces
   const Lanes l{lanes, at, bytes, access, stamp, lane_unit};
   if (!lanes_have_init(s, l)) return false;
   if (!(access == Access::kRead ? mark_lanes<true>(s, l) : mark_lanes<false>(s, l))) return false;
-  if (s.init) each(lanes, [&](int i) { set_init(s, at[i], uint64_t(bytes), access); });
+  if (s.init && writes(access))
+    each(lanes, [&](int i) { set_init(s, at[i], uint64_t(bytes), access); });
   if (s.touched) each(lanes, [&](int i) { touch(s, at[i], uint64_t(bytes)); });
   return true;
 }

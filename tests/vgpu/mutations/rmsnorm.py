@@ -1,6 +1,7 @@
 """Faults of rmsnorm.cu and its headers: (name, file, text that occurs once, what replaces it)."""
 
-TESTS = ["tests/test_rmsnorm.py", "tests/test_cuda_rmsnorm.py", "-k", "not machine_code"]
+TESTS = ["tests/test_rmsnorm.py", "tests/test_cuda_rmsnorm.py", "-k", "not machine_code",
+         "tests/test_cuda_large.py::test_first_and_last_row[rmsnorm_residual]"]
 
 CU, REDUCE, LAUNCH = "rmsnorm.cu", "reduce.cuh", "launch.cuh"
 
@@ -32,6 +33,11 @@ FAULTS = [
      "threadIdx.x + k * 32"),
     ("neighbouring vectors to one thread", CU, "threadIdx.x + k * blockDim.x",
      "threadIdx.x * kKeep + k"),
+    ("odd rows kept that are too long", CU, "if (D > kKeepSingles * kMaxThreads) return",
+     "if (D > 2 * kKeepSingles * kMaxThreads) return"),
+    ("odd rows kept that are too long, backward", CU,
+     "if (D > kKeepSingles * kMaxThreads) launch",
+     "if (D > 2 * kKeepSingles * kMaxThreads) launch"),
     # sums
     ("half a warp summed", REDUCE, "int other = 16;", "int other = 8;"),
     ("no barrier before the warps' sums are read", REDUCE,
@@ -57,8 +63,8 @@ FAULTS = [
     ("adds to a sum that was never begun", CU, "partial && i > begin", "partial && i >= begin"),
     ("no barrier between the groups' sums", CU,
      "      __syncthreads();  // the next group adds to what this one has stored\n", ""),
-    ("only the last group's sum", CU, "group ? s_dw[q * vecs + v] :",
-     "false ? s_dw[q * vecs + v] :"),
+    ("only the last group's sum", CU, "group ? piece<kPiece>(s_dw, q, v, vecs) :",
+     "false ? piece<kPiece>(s_dw, q, v, vecs) :"),
     ("too little shared memory", CU, "groups > 1 ? D * sizeof(A)", "groups > 1 ? D * sizeof(T)"),
     # dweight
     ("no barrier before the slices are added", CU,
@@ -67,6 +73,8 @@ FAULTS = [
     ("parts missing", CU, "p += kSlices)", "p += kSlices + 1)"),
     ("no bound on columns", CU, "threadIdx.y > 0 || j >= D", "threadIdx.y > 0"),
     ("columns not put back in order", CU, "quads == 1 ? j :", "quads >= 1 ? j :"),
+    ("columns of long rows not put back in order", CU, "int quads = kQuadsOf<T, kVec>;",
+     "int quads = vecs > kKeep * kMaxThreads ? 1 : kQuadsOf<T, kVec>;"),
     # addresses
     ("misaligned x taken for aligned", CU, "!aligned<T>(x, x_rows) ||", ""),
     ("misaligned weight taken for aligned in the backward", CU,
@@ -74,6 +82,9 @@ FAULTS = [
     ("odd widths taken for whole vectors", CU, "if (D % kVec || !aligned(y)", "if (!aligned(y)"),
     ("32-bit offset of a row", LAUNCH, "return p + i * r.stride[2];",
      "return p + int(i * r.stride[2]);"),
+    ("32-bit offset of a row of y", CU, "y += int64_t(i) * D;", "y += i * D;"),
+    ("32-bit offset of a row of h", CU, "h += int64_t(i) * D;", "h += unsigned(i) * D;"),
+    ("32-bit offset of a row of dx", CU, "store(dx + int64_t(i) * D + v", "store(dx + i * D + v"),
     ("sizes of a row's place mixed up", LAUNCH, "k = i % n2, ij = i / n2",
      "k = i % n1, ij = i / n1"),
     ("strides of a row's place mixed up", LAUNCH, "ij / n1 * r.stride[0] + ij % n1 * r.stride[1]",

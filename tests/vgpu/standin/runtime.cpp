@@ -120,12 +120,14 @@ int launch(const void* stub, Dim3 grid, Dim3 block, void** args, size_t shared) 
 
 extern "C" {
 
-// What the Python side calls: the log of launches since the last call.
+// What the Python side calls. The log of launches since the last call:
 EXPORT const char* vgpu_take_log() {
   thread_local std::string taken;
   taken = "[" + std::exchange(runtime().log, "") + "]";
   return taken.c_str();
 }
+
+EXPORT void vgpu_run_edges(double share) { runtime().device.run_edges(share); }
 
 // What nvcc's host code calls.
 void** __cudaRegisterFatBinary(void* wrapper) {
