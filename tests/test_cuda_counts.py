@@ -20,8 +20,8 @@ def on_vgpu(pytestconfig):
 
 @pytest.fixture
 def machine_code():
-    from vgpu import machine_code
-    if machine_code.cuobjdump() is None:
+    from vgpu import library, machine_code
+    if library.cuobjdump() is None:
         pytest.skip("no cuobjdump, on PATH or with Triton")
     return machine_code
 

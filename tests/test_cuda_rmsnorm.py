@@ -1,16 +1,11 @@
-"""What is particular to the CUDA kernels of rmsnorm: their traffic and machine code, on the virtual
-A100; long, odd, misaligned and far-apart rows, on any backend."""
-
-import re
-import subprocess
+"""What is particular to the CUDA kernels of rmsnorm: their traffic beside that of test_cuda_counts.py,
+on the virtual A100; long, odd, misaligned and far-apart rows, on any backend."""
 
 import pytest
 import torch
 
 import llama_ext as lx
-from harness import DTYPES, check_op, randn
-
-ROWS, WIDTH = 4096, 4096
+from harness import DTYPES, check_op, cut, far_apart, randn, shifted
 
 
 @pytest.fixture
@@ -53,18 +48,6 @@ def measure(vgpu, rows, width, residual, make=randn):
             (backward, (4 if residual else 3) * tensor + small + width * 2))
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_traffic_against_the_ideal(vgpu, summary, residual):
-    measured = measure(vgpu, ROWS, WIDTH, residual)
-    for name, (log, ideal), limit in zip(("forward", "backward"), measured, (1.01, 1.05)):
-        size, sectors, wavefronts, requested = traffic(log, ideal)
-        op = "rmsnorm_residual" if residual else "rmsnorm"
-        summary.append(f"{op} {name}, {ROWS} x {WIDTH} bf16, over the ideal: bytes {size:.3f} "
-                       f"sectors {sectors:.3f} shared wavefronts {wavefronts:.3f}; bytes asked of "
-                       f"L1 {requested:.3f}")
-        assert size <= limit and sectors <= 1.02 and wavefronts <= 1.01
-
-
 @pytest.mark.parametrize("what, width, make, kept, sector_limit", [
     ("odd", 4095, randn, True, 1.4),
     ("misaligned", 4096, lambda *shape, dtype: shifted(randn(*shape, dtype=dtype)), True, 1.4),
@@ -84,30 +67,6 @@ def test_traffic_of_the_other_paths(vgpu, summary, what, width, make, kept, sect
                        f"{size:.3f} sectors {sectors:.3f}; bytes asked of L1 {requested:.3f}")
         assert size <= 1.01 and sectors <= sector_limit and wavefronts <= 1.01
         assert requested <= (1.65 if kept else 2.5)
-
-
-def test_machine_code_moves_16_bytes_and_spills_nothing(vgpu, summary):
-    tool = vgpu.cuobjdump()
-    if tool is None:
-        pytest.skip("no cuobjdump, on PATH or in the package triton")
-    objects = vgpu.kernel_object(vgpu.CSRC / "cuda" / "rmsnorm.cu")
-    usage = subprocess.run([tool, "-res-usage", str(objects)], capture_output=True, text=True,
-                           check=True)
-    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)",
-                       usage.stdout + usage.stderr)
-    assert len(found) >= 40
-    for name, _, stack, local in found:
-        assert (stack, local) == ("0", "0"), name
-    sass = subprocess.run([tool, "-sass", "-arch", "sm_80", str(objects)], capture_output=True,
-                          text=True, check=True).stdout
-    kernels = re.split(r"Function : ", sass)[1:]
-    for kernel in kernels:
-        name = kernel.split()[0]
-        assert "STL" not in kernel and "LDL" not in kernel, name
-        if re.search(r"rmsnorm_(fwd|bwd)_kernelI\S*Li[248]ELi\dE", name):
-            assert "LDG.E.128" in kernel and "STG.E.128" in kernel, name
-    summary.append(f"rmsnorm.cu for sm_80: {len(found)} kernels, at most "
-                   f"{max(int(f[1]) for f in found)} registers, no spill, no local memory")
 
 
 # Rows by the paths a kernel takes: one vector; a warp's full and over-full; two blocks' worth; the
@@ -132,13 +91,6 @@ def test_more_rows_than_parts_and_groups(dtype):
              dtype=dtype)
 
 
-def shifted(x):
-    """x with the same values, one element past an aligned address."""
-    flat = torch.empty(x.numel() + 1, dtype=x.dtype)
-    flat[1:].copy_(x.flatten())
-    return flat[1:].view(x.shape)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("which", ["x", "residual", "weight", "cotangent"])
 def test_one_misaligned_operand(which, dtype):
@@ -152,10 +104,7 @@ def test_one_misaligned_operand(which, dtype):
 
 
 def test_rows_of_three_unfoldable_dimensions():
-    """Strides that do not fold, each of its own, with sizes that are no powers of two."""
-    def cut(t):
-        padded = torch.nn.functional.pad(t, (0, 8, 0, 2, 0, 1), value=float("nan"))
-        return padded[:, :t.shape[1], :t.shape[2], :t.shape[3]]
+    """Each of its own, with sizes that are no powers of two."""
     for rows in [(3, 5, 3, 16), (2, 3, 7, 32)]:
         x, r, w = (randn(*shape) for shape in (rows, rows, rows[-1:]))
         check_op(lx.rmsnorm_residual, lx.ref.rmsnorm_residual, cut(x), cut(r), w,
@@ -170,9 +119,5 @@ def test_the_least_multiple_of_eps_counts():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_that_begin_beyond_2_to_the_31_elements(dtype):
-    """Two rows 2^31 + 64 elements apart, in memory of which only the touched pages exist."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    gap, width = 2 ** 31 + 64, 64
-    x = torch.empty(gap + width, dtype=dtype).as_strided((2, width), (gap, 1))
-    x.copy_(randn(2, width, dtype=dtype))
-    check_op(lx.rmsnorm, lx.ref.rmsnorm, x, randn(width, dtype=dtype), dtype=dtype)
+    x = far_apart(randn(2, 64, dtype=dtype))
+    check_op(lx.rmsnorm, lx.ref.rmsnorm, x, randn(64, dtype=dtype), dtype=dtype)

@@ -2,9 +2,7 @@
 
 import functools
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 from . import library
 
@@ -13,20 +11,8 @@ REGISTERS, THREADS, BLOCKS, SHARED_BYTES = 65536, 2048, 32, 164 << 10
 BLOCK_SHARED_OVERHEAD = 1024  # bytes that the driver keeps of each block's shared memory
 
 
-def cuobjdump():
-    """The tool: that on PATH, else Triton's; None without."""
-    found = shutil.which("cuobjdump")
-    if found is None:
-        try:
-            import triton
-        except ImportError:
-            return None
-        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    return found
-
-
 def _dump(option, source):
-    done = subprocess.run([cuobjdump(), option, str(library.kernel_object(source))],
+    done = subprocess.run([library.cuobjdump(), option, str(library.kernel_object(source))],
                           capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
