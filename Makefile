@@ -10,7 +10,8 @@ TORCH ?= $(if $(shell nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 bin := .venv/bin
 data := out/data
 run := out/run
-vgpu_tests := $(patsubst %,tests/test_%.py,rmsnorm cuda_rmsnorm contract registration layers)
+vgpu_tests := $(patsubst %,tests/test_%.py,rmsnorm cuda_rmsnorm cuda_large contract registration \
+  layers)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 demo: $(bin)/built

@@ -1,8 +1,5 @@
-"""What is particular to the CUDA kernels of rmsnorm: their traffic and machine code, on the virtual
-A100; long, odd, misaligned and far-apart rows, on any backend."""
-
-import re
-import subprocess
+"""What is particular to the CUDA kernels of rmsnorm: the traffic of each path, on the virtual A100
+(machine code: test_cuda_counts.py); long, odd, misaligned and far-apart rows, on any backend."""
 
 import pytest
 import torch
@@ -84,30 +81,6 @@ def test_traffic_of_the_other_paths(vgpu, summary, what, width, make, kept, sect
                        f"{size:.3f} sectors {sectors:.3f}; bytes asked of L1 {requested:.3f}")
         assert size <= 1.01 and sectors <= sector_limit and wavefronts <= 1.01
         assert requested <= (1.65 if kept else 2.5)
-
-
-def test_machine_code_moves_16_bytes_and_spills_nothing(vgpu, summary):
-    tool = vgpu.cuobjdump()
-    if tool is None:
-        pytest.skip("no cuobjdump, on PATH or in the package triton")
-    objects = vgpu.kernel_object(vgpu.CSRC / "cuda" / "rmsnorm.cu")
-    usage = subprocess.run([tool, "-res-usage", str(objects)], capture_output=True, text=True,
-                           check=True)
-    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)",
-                       usage.stdout + usage.stderr)
-    assert len(found) >= 40
-    for name, _, stack, local in found:
-        assert (stack, local) == ("0", "0"), name
-    sass = subprocess.run([tool, "-sass", "-arch", "sm_80", str(objects)], capture_output=True,
-                          text=True, check=True).stdout
-    kernels = re.split(r"Function : ", sass)[1:]
-    for kernel in kernels:
-        name = kernel.split()[0]
-        assert "STL" not in kernel and "LDL" not in kernel, name
-        if re.search(r"rmsnorm_(fwd|bwd)_kernelI\S*Li[248]ELi\dE", name):
-            assert "LDG.E.128" in kernel and "STG.E.128" in kernel, name
-    summary.append(f"rmsnorm.cu for sm_80: {len(found)} kernels, at most "
-                   f"{max(int(f[1]) for f in found)} registers, no spill, no local memory")
 
 
 # Rows by the paths a kernel takes: one vector; a warp's full and over-full; two blocks' worth; the

@@ -1,10 +1,11 @@
 """What ptxas made of the CUDA kernels for sm_80: registers, spills, instructions, loads in flight."""
 
 import functools
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 from . import library
 
@@ -14,15 +15,12 @@ BLOCK_SHARED_OVERHEAD = 1024  # bytes that the driver keeps of each block's shar
 
 
 def cuobjdump():
-    """The tool: that on PATH, else Triton's; None without."""
-    found = shutil.which("cuobjdump")
-    if found is None:
-        try:
-            import triton
-        except ImportError:
-            return None
-        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    return found
+    """The tool: that on PATH, else that of the package triton; None without."""
+    found = importlib.util.find_spec("triton")
+    places = list(found.submodule_search_locations) if found else []
+    return shutil.which("cuobjdump") or next(
+        (tool for place in places
+         if os.access(tool := f"{place}/backends/nvidia/bin/cuobjdump", os.X_OK)), None)
 
 
 def _dump(option, source):

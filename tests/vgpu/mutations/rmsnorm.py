@@ -1,6 +1,6 @@
 """Faults of rmsnorm.cu and its headers: (name, file, text that occurs once, what replaces it)."""
 
-TESTS = ["tests/test_rmsnorm.py", "tests/test_cuda_rmsnorm.py", "-k", "not machine_code",
+TESTS = ["tests/test_rmsnorm.py", "tests/test_cuda_rmsnorm.py",
          "tests/test_cuda_large.py::test_first_and_last_row[rmsnorm_residual]"]
 
 CU, REDUCE, LAUNCH = "rmsnorm.cu", "reduce.cuh", "launch.cuh"
