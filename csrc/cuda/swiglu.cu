@@ -188,7 +188,7 @@ Status swiglu_bwd(void* dgate, void* dup, int64_t grad_stride, const void* dout,
           static_cast<const T*>(up), up_rows, int(F), int(rows), int(shape.chunks));
       return launch_status();
     };
-    if (F % kVec || grad_stride % kVec || !aligned(dgate) || !aligned(dup) ||
+    if (F % kVec || !aligned(dgate) || !aligned(dup) ||
         !aligned<T>(dout, dout_rows) || !aligned<T>(gate, gate_rows) || !aligned<T>(up, up_rows))
       return launch(swiglu_bwd_kernel<T, 1, kKeep>, F);
     return launch(swiglu_bwd_kernel<T, kVec, kKeep>, F / kVec);

@@ -41,7 +41,8 @@ def _run(command):
 
 def _cached(suffix, command, inputs, folder=FOLDER):
     """The file that command(output) makes of the inputs, made once for their content."""
-    digest = hashlib.sha256(" ".join(map(str, command("OUT"))).encode())
+    text = " ".join(map(str, command("OUT"))).replace(str(CSRC), "csrc")
+    digest = hashlib.sha256(text.encode())
     for path in inputs:
         digest.update(path.name.encode() + path.read_bytes())
     output = folder / f"{digest.hexdigest()[:24]}{suffix}"

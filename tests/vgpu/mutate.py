@@ -41,20 +41,24 @@ def how_caught(output):
     return f"wrong: {test[1]}" if test else f"NO VERDICT: {output[-200:]}"
 
 
-def run(tests, fault):
-    """The name of a fault and how it was caught, None if it was not; fault None: without one."""
-    name, file, old, new = fault or (None, None, None, None)
+def run(tests, csrc):
+    """How the tests fail on the kernels of csrc, None if they pass."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "--backend=vgpu",
+         "-p", "no:cacheprovider", *tests],
+        cwd=REPOSITORY, env=os.environ | {"VGPU_MUTANT": str(csrc)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return how_caught(done.stdout) if done.returncode else None
+
+
+def run_fault(tests, fault, sound):
+    """The name of a fault, its file, and how it was caught. sound: the folder of a run without one,
+    whose objects serve for the files that are the same."""
+    name, file, old, new = fault
     with tempfile.TemporaryDirectory() as folder:
-        csrc = Path(folder) / "csrc"
-        shutil.copytree(REPOSITORY / "csrc", csrc)
-        if fault:
-            plant(csrc, file, old, new)
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "--backend=vgpu",
-             "-p", "no:cacheprovider", *tests],
-            cwd=REPOSITORY, env=os.environ | {"VGPU_MUTANT": str(csrc)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return name, file, how_caught(done.stdout) if done.returncode else None
+        shutil.copytree(sound, folder, dirs_exist_ok=True)
+        plant(Path(folder) / "csrc", file, old, new)
+        return name, file, run(tests, Path(folder) / "csrc")
 
 
 def main():
@@ -66,11 +70,13 @@ def main():
     op = importlib.import_module(f"vgpu.mutations.{args.op}")
     faults = [fault for fault in op.FAULTS if args.only in fault[0]]
     bad = 0
-    if caught := run(op.TESTS, None)[2]:
-        sys.exit(f"the tests fail without a fault: {caught}")
-    print("| fault | in | caught by |\n|-|-|-|")
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for name, file, caught in pool.map(lambda fault: run(op.TESTS, fault), faults):
+    with (tempfile.TemporaryDirectory() as sound,
+          concurrent.futures.ThreadPoolExecutor(args.jobs) as pool):
+        shutil.copytree(REPOSITORY / "csrc", Path(sound) / "csrc")
+        if caught := run(op.TESTS, Path(sound) / "csrc"):
+            sys.exit(f"the tests fail without a fault: {caught}")
+        print("| fault | in | caught by |\n|-|-|-|")
+        for name, file, caught in pool.map(lambda fault: run_fault(op.TESTS, fault, sound), faults):
             print(f"| {name} | {file} | {caught or 'SURVIVED'} |", flush=True)
             bad += caught is None or caught.isupper() or caught.startswith(("DOES NOT", "NO VERD"))
     print(f"{len(faults) - bad} of {len(faults)} caught")

@@ -54,8 +54,6 @@ FAULTS = [
     ("misaligned up taken for aligned", CU,
      "!aligned<T>(gate, gate_rows) || !aligned<T>(up, up_rows))\n"
      "      return launch(swiglu_fwd", "!aligned<T>(gate, gate_rows))\n      return launch(swiglu_fwd"),
-    ("odd distances of gradient rows taken for whole vectors", CU,
-     "if (F % kVec || grad_stride % kVec ||", "if (F % kVec ||"),
     ("misaligned dup taken for aligned", CU, "!aligned(dgate) || !aligned(dup) ||",
      "!aligned(dgate) ||"),
     ("neighbouring vectors to one thread", CU,
