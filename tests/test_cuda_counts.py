@@ -20,9 +20,9 @@ def on_vgpu(pytestconfig):
 
 @pytest.fixture
 def machine_code():
-    from vgpu import library, machine_code
-    if library.cuobjdump() is None:
-        pytest.skip("no cuobjdump, on PATH or with Triton")
+    from vgpu import machine_code
+    if machine_code.cuobjdump() is None:
+        pytest.skip("no cuobjdump, on PATH or in the package triton")
     return machine_code
 
 

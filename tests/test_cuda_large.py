@@ -13,7 +13,7 @@ from harness import randn
 
 WIDTH = 2048
 ROWS = 2 ** 32 // WIDTH + 8
-NEEDED = 6 * ROWS * WIDTH * 2  # bytes, for swiglu: two inputs, an output, and their gradients
+NEEDED = 7 * ROWS * WIDTH * 2  # bytes, for rmsnorm_residual: x, residual, y, h, dy, dh and dx
 BF16 = torch.bfloat16
 
 

@@ -1,5 +1,5 @@
-"""What is particular to the CUDA kernels of rmsnorm: their traffic beside that of test_cuda_counts.py,
-on the virtual A100; long, odd, misaligned and far-apart rows, on any backend."""
+"""What is particular to the CUDA kernels of rmsnorm: the traffic of each path, on the virtual A100
+(machine code: test_cuda_counts.py); long, odd, misaligned and far-apart rows, on any backend."""
 
 import pytest
 import torch

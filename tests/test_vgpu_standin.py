@@ -112,9 +112,9 @@ def ptx_of(library, tool, folder):
 
 
 def test_the_shipped_ptx_is_what_the_virtual_a100_runs(tmp_path):
-    from vgpu import library
+    from vgpu import library, machine_code
 
-    tool = library.cuobjdump()
+    tool = machine_code.cuobjdump()
     if tool is None or not SHIPPED.exists():
         pytest.skip("no cuobjdump, on PATH or in the package triton" if SHIPPED.exists()
                     else "built without nvcc")

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -66,15 +65,6 @@ def compile_ptx(source, *flags):
     return _cached(".ptx", lambda out: [
         *_nvcc_command(), "-std=c++17", "-arch=compute_80", "-ptx", *flags, str(source),
         "-o", str(out)], [source]).read_text()
-
-
-def cuobjdump():
-    """Its path: that on PATH or of Triton's package; None without."""
-    found = importlib.util.find_spec("triton")
-    places = list(found.submodule_search_locations) if found else []
-    return shutil.which("cuobjdump") or next(
-        (tool for place in places
-         if os.access(tool := f"{place}/backends/nvidia/bin/cuobjdump", os.X_OK)), None)
 
 
 def kernel_object(source):

@@ -1,7 +1,10 @@
 """What ptxas made of the CUDA kernels for sm_80: registers, spills, instructions, loads in flight."""
 
 import functools
+import importlib.util
+import os
 import re
+import shutil
 import subprocess
 
 from . import library
@@ -11,8 +14,17 @@ REGISTERS, THREADS, BLOCKS, SHARED_BYTES = 65536, 2048, 32, 164 << 10
 BLOCK_SHARED_OVERHEAD = 1024  # bytes that the driver keeps of each block's shared memory
 
 
+def cuobjdump():
+    """The tool: that on PATH, else that of the package triton; None without."""
+    found = importlib.util.find_spec("triton")
+    places = list(found.submodule_search_locations) if found else []
+    return shutil.which("cuobjdump") or next(
+        (tool for place in places
+         if os.access(tool := f"{place}/backends/nvidia/bin/cuobjdump", os.X_OK)), None)
+
+
 def _dump(option, source):
-    done = subprocess.run([library.cuobjdump(), option, str(library.kernel_object(source))],
+    done = subprocess.run([cuobjdump(), option, str(library.kernel_object(source))],
                           capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
