@@ -4,6 +4,7 @@
 Shapes are those of LLaMA 7B with fewer rows, in bf16. For each launch:
 
 bytes      bytes of global memory that it touches, each counted once, over what the op must move
+asked      bytes that its threads ask for, over the same: more where something is read again from L1
 sectors    32-byte sectors its requests touch, over the fewest that could carry the same bytes
 shared     passes over shared memory, over those without bank conflicts (- : it uses none)
 per KiB    warp instructions (of PTX) per KiB that the op must move: an A100 that moves 2,039 GB/s has
@@ -119,6 +120,7 @@ CASES = [
 @dataclasses.dataclass
 class Counts:
     bytes: float
+    asked: float
     sectors: float
     shared: float | None
     per_kib: float
@@ -164,13 +166,14 @@ def count(case):
     passes = total("shared_wavefronts_ideal")
     return Counts(
         total("global_unique_bytes_read", "global_unique_bytes_written") / ideal,
+        total("global_load_bytes", "global_store_bytes") / ideal,
         total("global_load_sectors", "global_store_sectors")
         / total("global_load_sectors_ideal", "global_store_sectors_ideal"),
         total("shared_wavefronts") / passes if passes else None,
         total("warp_instructions") / (ideal / 1024), main)
 
 
-HEADER = (f"{'op':16} {'direction':9} {'shape':34} {'bytes':>6} {'sectors':>7} {'shared':>6} "
+HEADER = (f"{'op':16} {'direction':9} {'shape':34} {'bytes':>6} {'asked':>6} {'sectors':>7} {'shared':>6} "
           f"{'per KiB':>7} {'registers':>9} {'in flight':>9}")
 
 
@@ -179,7 +182,7 @@ def line(case, counts):
     shared = "-" if counts.shared is None else f"{counts.shared:.3f}"
     registers, in_flight = registers_and_loads_in_flight(counts.launch)
     return (f"{case.op:16} {case.direction:9} {case.shape:34} {counts.bytes:6.3f} "
-            f"{counts.sectors:7.3f} {shared:>6} {counts.per_kib:7.0f} {registers:9} "
+            f"{counts.asked:6.3f} {counts.sectors:7.3f} {shared:>6} {counts.per_kib:7.0f} {registers:9} "
             f"{in_flight:9.0f}")
 
 

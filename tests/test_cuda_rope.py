@@ -39,6 +39,22 @@ def test_few_and_many_tokens(tokens, heads, interleaved):
 
 
 @both_layouts
+def test_more_heads_than_a_lane_asks_for_at_once(interleaved):
+    check(randn(1, 1800, 9, 128, dtype=torch.bfloat16),
+          randn(1, 1800, 1, 128, dtype=torch.bfloat16), interleaved=interleaved)
+
+
+@both_layouts
+def test_tables_in_fp32_are_not_rounded_to_the_dtype_of_x(interleaved):
+    angle = 6 * torch.rand(50, 32)
+    x = torch.zeros(1, 50, 4, 64, dtype=torch.bfloat16)
+    first = slice(0, None, 2) if interleaved else slice(0, 32)
+    x[..., first] = 3
+    y = lx.rope(x, angle.cos(), angle.sin(), interleaved)
+    assert torch.equal(y[0, :, 0, first], (3 * angle.cos()).bfloat16())
+
+
+@both_layouts
 @pytest.mark.parametrize("table_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("which", ["q", "k", "cotangent", "tables", "none"])
 def test_one_misaligned_operand(which, table_dtype, interleaved):
