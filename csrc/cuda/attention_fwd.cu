@@ -60,13 +60,9 @@ template <class S> using Kept = uint32_t[S::kRowBlocks][S::kKept ? S::kKept : 1]
 // scores = q k^T for one tile of keys.
 template <class S>
 __device__ void scores_of(Scores<S>& scores, const Kept<S>& kept,
-                          const BlockAddress<S::kHeadDim>& q,
-                          const BlockAddress<S::kHeadDim>& k) {
-#pragma unroll
-  for (int r = 0; r < S::kRowBlocks; r++)
-#pragma unroll
-    for (int n = 0; n < S::kKeyBlocks; n++)
-      for (int e = 0; e < 8; e++) scores[r][n][e / 4][e % 4] = 0;
+                          const BlockAddress<S::kHeadDim, false>& q,
+                          const BlockAddress<S::kHeadDim, true>& k) {
+  float zero[4] = {};
 #pragma unroll
   for (int d = 0; d < S::kColumns; d++) {
     uint32_t r_q[S::kRowBlocks][4];
@@ -83,8 +79,9 @@ __device__ void scores_of(Scores<S>& scores, const Kept<S>& kept,
       ptx::ldmatrix(r_k, k.block(n * 16, d));
 #pragma unroll
       for (int r = 0; r < S::kRowBlocks; r++) {
-        mma<typename S::T>(scores[r][n][0], r_q[r], r_k[0], r_k[2]);
-        mma<typename S::T>(scores[r][n][1], r_q[r], r_k[1], r_k[3]);
+        auto& at = scores[r][n];
+        mma<typename S::T>(at[0], r_q[r], r_k[0], r_k[1], d ? at[0] : zero);
+        mma<typename S::T>(at[1], r_q[r], r_k[2], r_k[3], d ? at[1] : zero);
       }
     }
   }
@@ -127,14 +124,14 @@ __device__ void weights_of(Scores<S>& scores, WarpState<S>& w, float c) {
         for (int e = 0; e < 4; e++) t = fmaxf(t, scores[r][n][e / 2][half * 2 + e % 2]);
       rises |= fmaf(t, c, -w.shift[r][half]) > kSlack<typename S::T>;
     }
-  if (__any_sync(0xffffffffu, rises)) {
+  if (__any_sync(kAllLanes, rises)) {
 #pragma unroll
     for (int r = 0; r < S::kRowBlocks; r++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float t = top[r][half];  // of the row, once the four lanes that share it have compared
-        t = fmaxf(t, __shfl_xor_sync(0xffffffffu, t, 1));
-        t = fmaxf(t, __shfl_xor_sync(0xffffffffu, t, 2));
+        t = fmaxf(t, __shfl_xor_sync(kAllLanes, t, 1));
+        t = fmaxf(t, __shfl_xor_sync(kAllLanes, t, 2));
         const float shift = fmaxf(w.shift[r][half], t * c);
         const float factor = ptx::ex2(w.shift[r][half] - shift);
         w.shift[r][half] = shift;
@@ -159,7 +156,7 @@ __device__ void weights_of(Scores<S>& scores, WarpState<S>& w, float c) {
 // out += weights v for one tile of keys.
 template <class S>
 __device__ void add_values(WarpState<S>& w, const Scores<S>& weights,
-                           const BlockAddress<S::kHeadDim>& v) {
+                           const BlockAddress<S::kHeadDim, false>& v) {
 #pragma unroll
   for (int n = 0; n < S::kKeyBlocks; n++) {
     uint32_t r_p[S::kRowBlocks][4];
@@ -193,8 +190,8 @@ __device__ void finish(typename S::T* o, float* lse, WarpState<S>& w, const Sequ
     for (int half = 0; half < 2; half++) {
       const int row = r * 16 + half * 8 + lane / 4, i = i0 + row;
       float sum = w.sum[r][half];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
       const float inverse = s.end_key(i) <= s.first_key(i) ? 0 : 1 / sum;
       const float shift = w.shift[r][half];
       if (lane % 4 == 0 && i < s.T)
@@ -256,7 +253,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   const uint32_t s_q = ptx::shared_address(s_dynamic);
   const uint32_t s_k = s_q + S::kRows * S::kHeadDim * 2, s_v = s_k + S::kKeys * S::kHeadDim * 2;
 
-  const TileRange tiles = key_tiles<S::kKeys>(s, i0, min(i0 + S::kRows, s.T));
+  const TileRange tiles = uniform(key_tiles<S::kKeys>(s, i0, min(i0 + S::kRows, s.T)));
   // The tiles that need a mask, from the last down; the full ones between are left out.
   const auto masked_below = [&](int tile) {
     return tile == tiles.full_end ? tiles.full_begin - 1 : tile - 1;
@@ -279,7 +276,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     __syncthreads();  // it is -Q
   }
   const int warp_at = threadIdx.x / 32 * S::kWarpRows * S::kHeadDim * 2;
-  const BlockAddress<S::kHeadDim> q(s_q + warp_at), k(s_k), v(s_v);
+  const BlockAddress<S::kHeadDim, false> q(s_q + warp_at), v(s_v);
+  const BlockAddress<S::kHeadDim, true> k(s_k);
   Kept<S> kept;
 #pragma unroll
   for (int r = 0; r < S::kRowBlocks; r++)
