@@ -63,7 +63,7 @@ def innermost_loops(code):
 
 
 def rare(code, begin, end):
-    """Indices in [begin, end] that reduce over lanes (SHFL), with as much around them as one forward
+    """Indices in [begin, end] that reduce over lanes (SHFL), with as much around them as a forward
     branch jumps over: a tile done again because some row's largest score has grown too much."""
     at = {address: i for i, (address, *_) in enumerate(code)}
     jumps = [range(i + 1, at[target]) for i, (address, _, target) in enumerate(code)

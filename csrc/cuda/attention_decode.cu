@@ -23,13 +23,13 @@ template <int kHeadDim> struct WarpPart {
   float out[kRows][kHeadDim + 8], sum[kRows], shift[kRows];
 };
 
-// o = softmax(scale * q k^T) v and lse over one part of the keys; into o and lse when it is the only
-// part, otherwise into partial.
+// o = softmax(scale * q k^T) v and lse over one part of the keys; into o and lse when it is the
+// only part, otherwise into partial.
 //
 // Grid: x: row_blocks(a); y: parts. Block: S::kWarps warps, which share the 16 rows and take
-// S::kKeys keys of each tile in turn; row r is query r / G of head r % G of the group of G heads. At
-// the end the warps' outputs are added through shared memory, in the order of the warps. Dynamic
-// shared memory: Q, two tiles of K and of V; then the outputs. Preconditions as in attention_fwd.cu.
+// S::kKeys keys of each tile in turn; row r is query r / G of head r % G of the group of G heads.
+// At the end the warps' outputs are added through shared memory, in the order of the warps. Dynamic
+// shared memory: Q, two tiles of K and of V; then the outputs. Preconditions: attention_fwd.cu's.
 //
 // Loads in flight: the next tile's K and V while one is worked on.
 template <class S>
