@@ -148,33 +148,21 @@ __device__ inline Place place_of(const Attention& a, int height, int at_once, in
   return {seat.b, head, seat.tile * height};
 }
 
-// Where the pieces of 16 bytes of a tile's rows of kHeadDim 16-bit values lie in shared memory, so
-// that eight rows of one column, which ldmatrix reads together, and eight columns of one row, which
-// a copy writes together, fall into different banks. Here piece p of row r is in place p ^ (r % 8)
-// of its row.
-template <int kHeadDim> struct Swizzle {
-  static_assert(kHeadDim % 64 == 0, "rows are a multiple of 128 bytes, once around the banks");
-  static constexpr int kRowBytes = kHeadDim * 2, kPieces = kHeadDim / 8;
-  static constexpr int kAddresses = 4;  // columns so many blocks of 16 apart are a constant apart
-
-  __device__ static uint32_t offset(int row, int piece) {
-    return row * kRowBytes + ((piece ^ (row % 8)) * 16);
-  }
-};
-
-// Here each row is followed by 16 bytes of nothing: a little more memory than Swizzle, but one
-// register is enough to address all of a tile.
+// A tile in shared memory: rows of kHeadDim 16-bit values, in pieces of 16 bytes, each row followed
+// by 16 bytes of nothing. So eight rows of one column, which ldmatrix reads together, and eight
+// columns of one row, which a copy writes together, fall into different banks, and a constant lies
+// between any two places: one register addresses all of a tile. (With the pieces of a row exchanged
+// instead, it takes four, and there are none to spare.)
 template <int kHeadDim> struct Padded {
-  static_assert(kHeadDim % 64 == 0, "rows begin 16 bytes further around the banks each");
+  static_assert(kHeadDim % 64 == 0, "each row begins 16 bytes further around the banks");
   static constexpr int kRowBytes = kHeadDim * 2 + 16, kPieces = kHeadDim / 8;
-  static constexpr int kAddresses = 1;
 
   __device__ static uint32_t offset(int row, int piece) { return row * kRowBytes + piece * 16; }
 };
 
 // Copies rows of a strided matrix in global memory into tiles. Each thread has one piece of every
 // kRows-th row; its columns from D on are left alone: zero them once by zero_columns.
-template <class T, int kHeadDim, int kThreads, class Layout = Swizzle<kHeadDim>> struct TileLoader {
+template <class T, int kHeadDim, int kThreads, class Layout = Padded<kHeadDim>> struct TileLoader {
   static constexpr int kRows = kThreads / Layout::kPieces;  // at once
   static_assert(kThreads % Layout::kPieces == 0, "a thread keeps to one column");
 
@@ -192,9 +180,7 @@ template <class T, int kHeadDim, int kThreads, class Layout = Swizzle<kHeadDim>>
     from = reinterpret_cast<const char*>(rows + row * stride) + piece * 16;
   }
   __device__ uint32_t place(int step) const {  // of row `row + step * kRows` in a tile
-    if constexpr (kRows % 8 == 0 || Layout::kAddresses == 1)
-      return Layout::offset(row, piece) + step * kRows * Layout::kRowBytes;
-    else return Layout::offset(row + step * kRows, piece);
+    return Layout::offset(row, piece) + step * kRows * Layout::kRowBytes;
   }
   // Rows [first, first + kTileRows), all of which exist.
   template <int kTileRows> __device__ void load(uint32_t s_tile, int first) const {
@@ -232,25 +218,19 @@ template <class T, int kHeadDim, int kThreads, class Layout = Swizzle<kHeadDim>>
 //       {r[2], r[3]} (columns 8-15) by ldmatrix_trans;
 //   X^T (kTransposed) as A operand r by ldmatrix_trans, as B operands {r[0], r[1]} (columns 0-7 of
 //       X^T, which are rows 0-7 of X) and {r[2], r[3]} by ldmatrix.
-// From these registers every block of a tile, and of tiles at constant distances, is a constant
-// away.
-template <int kHeadDim, bool kTransposed, class Layout = Swizzle<kHeadDim>> struct BlockAddress {
-  static constexpr int kAddresses = Layout::kAddresses;
-  uint32_t at[kAddresses];
+// From one register every block of a tile, and of tiles at constant distances, is a constant away.
+template <int kHeadDim, bool kTransposed, class Layout = Padded<kHeadDim>> struct BlockAddress {
+  uint32_t at;
 
-  // s_tile: a tile that begins at a multiple of 128 bytes, or a multiple of 8 rows further.
   __device__ BlockAddress(uint32_t s_tile) {
     const int lane = threadIdx.x % 32;
     const int row = kTransposed ? lane % 8 + lane / 16 * 8 : lane % 16;
     const int right = kTransposed ? lane / 8 % 2 : lane / 16;
-#pragma unroll
-    for (int i = 0; i < kAddresses; i++)
-      at[i] = s_tile + Layout::offset(row, 2 * i + right);
+    at = s_tile + Layout::offset(row, right);
   }
-  // Of the block whose first row is `row` (a multiple of 8) and whose first column is 16 * column.
+  // Of the block whose first row is `row` and whose first column is 16 * column.
   __device__ uint32_t block(int row, int column) const {
-    return at[column % kAddresses] + row * Layout::kRowBytes +
-           column / kAddresses * kAddresses * 32;
+    return at + row * Layout::kRowBytes + column * 32;
   }
 };
 
