@@ -156,6 +156,7 @@ __device__ inline Place place_of(const Attention& a, int height, int at_once, in
 template <int kHeadDim> struct Padded {
   static_assert(kHeadDim % 64 == 0, "each row begins 16 bytes further around the banks");
   static constexpr int kRowBytes = kHeadDim * 2 + 16, kPieces = kHeadDim / 8;
+  static constexpr int kAddresses = 1;  // registers; blocks so many columns apart share one
 
   __device__ static uint32_t offset(int row, int piece) { return row * kRowBytes + piece * 16; }
 };
@@ -218,19 +219,25 @@ template <class T, int kHeadDim, int kThreads, class Layout = Padded<kHeadDim>> 
 //       {r[2], r[3]} (columns 8-15) by ldmatrix_trans;
 //   X^T (kTransposed) as A operand r by ldmatrix_trans, as B operands {r[0], r[1]} (columns 0-7 of
 //       X^T, which are rows 0-7 of X) and {r[2], r[3]} by ldmatrix.
-// From one register every block of a tile, and of tiles at constant distances, is a constant away.
+// From these registers every block of a tile, and of tiles at constant distances, is a constant
+// away.
 template <int kHeadDim, bool kTransposed, class Layout = Padded<kHeadDim>> struct BlockAddress {
-  uint32_t at;
+  static constexpr int kAddresses = Layout::kAddresses;
+  uint32_t at[kAddresses];
 
+  // s_tile: a tile that begins at a multiple of 128 bytes, or a multiple of 8 rows further.
   __device__ BlockAddress(uint32_t s_tile) {
     const int lane = threadIdx.x % 32;
     const int row = kTransposed ? lane % 8 + lane / 16 * 8 : lane % 16;
     const int right = kTransposed ? lane / 8 % 2 : lane / 16;
-    at = s_tile + Layout::offset(row, right);
+#pragma unroll
+    for (int i = 0; i < kAddresses; i++)
+      at[i] = s_tile + Layout::offset(row, 2 * i + right);
   }
-  // Of the block whose first row is `row` and whose first column is 16 * column.
+  // Of the block whose first row is `row` (a multiple of 8) and whose first column is 16 * column.
   __device__ uint32_t block(int row, int column) const {
-    return at + row * Layout::kRowBytes + column * 32;
+    return at[column % kAddresses] + row * Layout::kRowBytes +
+           column / kAddresses * kAddresses * 32;
   }
 };
 
