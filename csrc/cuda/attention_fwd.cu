@@ -1,7 +1,5 @@
 // Attention forward on tensor cores, for bf16 and fp16. Formulas in csrc/api.h; letters and what is
 // seen in attention.cuh.
-#include <algorithm>
-
 #include "attention_tile.cuh"
 #include "kernels.cuh"
 
@@ -70,7 +68,8 @@ __device__ void finish(typename S::T* o, float* lse, const WarpState<S>& w, cons
 // Preconditions: o and the rows of q, k, v are aligned to 16 bytes, D % 8 == 0, D <= kHeadDim.
 //
 // Tiles that need a mask have a loop of their own, those seen whole know none, those unseen are not
-// touched. Loads in flight: the next tile's K and V while a tile is worked on.
+// touched. Loads in flight: the next tile's K and V while a tile is worked on, 16 KB a block and two
+// blocks an SM.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     attention_fwd_kernel(typename S::T* __restrict__ o,  // (B, T, H, D)
@@ -83,7 +82,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   const int h = place.h, i0 = place.i0, D = int(a.D);
   if (i0 < 0 || i0 >= s.T) return;
 
-  const TileRange tiles = uniform(key_tiles<S::kKeys>(s, i0, min(i0 + S::kRows, s.T)));
+  const TileRange tiles = key_tiles<S::kKeys>(s, i0, min(i0 + S::kRows, s.T));
   const int kv = h / int(a.H / a.Hkv), full = tiles.full_end - tiles.full_begin;
   const Work work{s, tiles, static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2],
                   static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2],
