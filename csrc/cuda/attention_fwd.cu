@@ -68,7 +68,7 @@ __device__ void finish(typename S::T* o, float* lse, const WarpState<S>& w, cons
 // Preconditions: o and the rows of q, k, v are aligned to 16 bytes, D % 8 == 0, D <= kHeadDim.
 //
 // Tiles that need a mask have a loop of their own, those seen whole know none, those unseen are not
-// touched. Loads in flight: the next tile's K and V while a tile is worked on, 16 KB a block and two
+// touched. Loads in flight: the next tile's K and V while one is worked on, 16 KB a block and two
 // blocks an SM.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
