@@ -52,8 +52,7 @@ struct TileRange {
   int begin, end, full_begin, full_end;
 };
 
-// The same in every lane, known to the compiler: without it the loops over tiles get code for warps
-// whose lanes have parted.
+// The same in every lane, whatever the compiler knows of where they come from.
 __device__ inline TileRange uniform(const TileRange& r) {
   return {__shfl_sync(kAllLanes, r.begin, 0), __shfl_sync(kAllLanes, r.end, 0),
           __shfl_sync(kAllLanes, r.full_begin, 0), __shfl_sync(kAllLanes, r.full_end, 0)};

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   const int h = place.h, i0 = place.i0, D = int(a.D);
   if (i0 < 0 || i0 >= s.T) return;
 
-  const TileRange tiles = key_tiles<S::kKeys>(s, i0, min(i0 + S::kRows, s.T));
+  const TileRange tiles = uniform(key_tiles<S::kKeys>(s, i0, min(i0 + S::kRows, s.T)));
   const int kv = h / int(a.H / a.Hkv), full = tiles.full_end - tiles.full_begin;
   const Work work{s, tiles, static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2],
                   static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2],
