@@ -41,6 +41,8 @@ extern "C" __attribute__((visibility("default"))) const Kernels* lx_cuda_kernels
     k.cross_entropy_fwd = lx::cross_entropy_fwd;
     k.mean_loss = lx::mean_loss;
     k.cross_entropy_bwd = lx::cross_entropy_bwd;
+    k.attention_fwd = lx::attention_fwd;
+    k.attention_fwd_parts = lx::attention_fwd_parts;
     return k;
   }();
   return &table;

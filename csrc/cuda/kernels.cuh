@@ -11,6 +11,8 @@ Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows 
                    const void* dh, Rows dh_rows, const void* h, Rows h_rows, const void* weight,
                    const void* rstd, int64_t D, DType dtype, DType weight_dtype, Stream stream);
 int64_t rmsnorm_bwd_parts(int64_t rows);
+Status attention_fwd(void* o, void* lse, void* partial, const Attention* a, Stream stream);
+int64_t attention_fwd_parts(const Attention* a);
 
 Status swiglu_fwd(void* out, const void* gate, Rows gate_rows, const void* up, Rows up_rows,
                   int64_t F, DType dtype, Stream stream);
