@@ -5,6 +5,7 @@
 // kernel is compiled for (D or the next larger one, the columns between are zero).
 #pragma once
 #include "launch.cuh"
+#include "reduce.cuh"
 
 namespace lx {
 
@@ -49,6 +50,13 @@ struct Sequence {
 struct TileRange {
   int begin, end, full_begin, full_end;
 };
+
+// The same in every lane, known to the compiler: without it the loops over tiles get code for warps
+// whose lanes have parted.
+__device__ inline TileRange uniform(const TileRange& r) {
+  return {__shfl_sync(kAllLanes, r.begin, 0), __shfl_sync(kAllLanes, r.end, 0),
+          __shfl_sync(kAllLanes, r.full_begin, 0), __shfl_sync(kAllLanes, r.full_end, 0)};
+}
 
 // Of the tiles of kWidth keys, for the queries [i0, i1), i0 < i1 <= T.
 template <int kWidth> __device__ TileRange key_tiles(const Sequence& s, int i0, int i1) {
@@ -166,23 +174,25 @@ template <class T, int kHeadDim, int kThreads> struct TileLoader {
   }
 };
 
-// Where a lane finds its row of a 16 x 16 block for ldmatrix: matrix 0 rows 0-7, columns 0-7;
-// 1 rows 8-15, columns 0-7; 2 rows 0-7, columns 8-15; 3 rows 8-15, columns 8-15. Four registers,
-// from which every block of a tile, and of other tiles at constant distances, is a constant away.
-//
-// With r from ldmatrix, the block X is the A operand r, and X^T the B operands {r[0], r[2]} (its
-// columns 0-7, which are rows 0-7 of X) and {r[1], r[3]}. With r from ldmatrix_trans, X is the B
-// operands {r[0], r[1]} (columns 0-7) and {r[2], r[3]}, and X^T the A operand {r[0], r[2], r[1],
-// r[3]}.
-template <int kHeadDim> struct BlockAddress {
+// Where a lane finds its row of a 16 x 16 block X of a tile for ldmatrix, so that the registers come
+// in the order in which mma takes them (in pairs and fours that lie side by side):
+//   X   as A operand r by ldmatrix,       as B operands {r[0], r[1]} (columns 0-7 of X) and
+//       {r[2], r[3]} (columns 8-15) by ldmatrix_trans;
+//   X^T (kTransposed) as A operand r by ldmatrix_trans, as B operands {r[0], r[1]} (columns 0-7 of
+//       X^T, which are rows 0-7 of X) and {r[2], r[3]} by ldmatrix.
+// Four registers, from which every block of a tile, and of tiles at constant distances, is a
+// constant away.
+template <int kHeadDim, bool kTransposed> struct BlockAddress {
   uint32_t at[4];
 
   // s_tile: a tile that begins at a multiple of 1024 bytes, or a multiple of 8 rows further.
   __device__ BlockAddress(uint32_t s_tile) {
     const int lane = threadIdx.x % 32;
+    const int row = kTransposed ? lane % 8 + lane / 16 * 8 : lane % 16;
+    const int right = kTransposed ? lane / 8 % 2 : lane / 16;
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      at[i] = s_tile + Swizzle<kHeadDim>::offset(lane % 16, 2 * i + lane / 16);
+      at[i] = s_tile + Swizzle<kHeadDim>::offset(row, 2 * i + right);
   }
   // Of the block whose first row is `row` (a multiple of 8) and whose first column is 16 * column.
   __device__ uint32_t block(int row, int column) const {
@@ -190,12 +200,18 @@ template <int kHeadDim> struct BlockAddress {
   }
 };
 
-// d (16 x 8) += a (16 x 16) b (16 x 8), see ptx.cuh.
+// d (16 x 8) = a (16 x 16) b (16 x 8) + c, see ptx.cuh. With c = 0 it costs no register to clear.
+template <class T>
+__device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                    const float (&c)[4]) {
+  static_assert(sizeof(T) == 2, "bf16 or f16");
+  if constexpr (std::is_same_v<T, bf16>) ptx::mma_m16n8k16_bf16(d, a, b0, b1, c);
+  else ptx::mma_m16n8k16_f16(d, a, b0, b1, c);
+}
+// The same, added to d.
 template <class T>
 __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  static_assert(sizeof(T) == 2, "bf16 or f16");
-  if constexpr (std::is_same_v<T, bf16>) ptx::mma_m16n8k16_bf16(d, a, b0, b1);
-  else ptx::mma_m16n8k16_f16(d, a, b0, b1);
+  mma<T>(d, a, b0, b1, d);
 }
 
 // Two values rounded to T, the first in the low half.

@@ -36,6 +36,7 @@ extern "C" __attribute__((visibility("default"))) const Kernels* lx_cuda_kernels
     k.rmsnorm_bwd = lx::rmsnorm_bwd;
     k.rmsnorm_bwd_parts = lx::rmsnorm_bwd_parts;
     k.attention_bwd = lx::attention_bwd;
+    k.attention_fwd = lx::attention_fwd;
     return k;
   }();
   return &table;

@@ -67,22 +67,24 @@ __device__ inline void ldmatrix_trans(uint32_t (&r)[4], uint32_t row) {
                : "memory");
 }
 
-// d (16 x 8) += a (16 x 16) b (16 x 8). With g = l / 4 and c = 2 (l % 4), lane l has of d rows g
-// (d[0], d[1]) and g + 8 (d[2], d[3]), columns c and c + 1; of a the pairs from (g, c), (g + 8, c),
-// (g, c + 8), (g + 8, c + 8); of b the pairs down from (c, g) and (c + 8, g).
+// d = a (16 x 16) b (16 x 8) + c, d may be c. With g = l / 4 and k = 2 (l % 4), lane l has of c and
+// d rows g (d[0], d[1]) and g + 8 (d[2], d[3]), columns k and k + 1; of a the pairs from (g, k),
+// (g + 8, k), (g, k + 8), (g + 8, k + 8); of b the pairs down from (k, g) and (k + 8, g).
 __device__ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1) {
+                                         uint32_t b1, const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
 }
 __device__ inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                        uint32_t b1) {
+                                        uint32_t b1, const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
 }
 
 // 2^x to within 2 units in the last place; subnormal results are 0.

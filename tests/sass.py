@@ -1,0 +1,126 @@
+"""Counts the machine code of a CUDA object file's hot loops: what each warp issues per iteration.
+
+    python tests/sass.py OBJECT [--arch sm_80] [--kernel TEXT]
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+# Clocks of A100: an HMMA m16n8k16 keeps the tensor core of one of four sub-cores busy, an LDSM.x4
+# (512 bytes) the shared memory of the whole SM.
+HMMA_CLOCKS, SUB_CORES, SHARED_BYTES_PER_CLOCK = 8, 4, 128
+TRANSFER = {"LDSM.16.M88.4": 512, "LDSM.16.MT88.4": 512, "LDSM.16.M88.2": 256,
+            "LDSM.16.MT88.2": 256, "STS.128": 512, "STS.64": 256, "STS": 128, "LDS.128": 512,
+            "LDS.64": 256, "LDS": 128}
+
+
+def tool(name):
+    """cuobjdump or nvdisasm: of the toolkit, or of Triton's wheel."""
+    if found := shutil.which(name):
+        return found
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _run(*command):
+    return subprocess.run([tool(command[0]), *map(str, command[1:])], check=True, text=True,
+                          capture_output=True)
+
+
+def resources(objects):
+    """{kernel: (registers, stack bytes)}; local memory of a kernel lies in its stack."""
+    done = _run("cuobjdump", "-res-usage", objects)
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) ", done.stdout + done.stderr)
+    return {name: (int(registers), int(stack)) for name, registers, stack in found}
+
+
+def kernels(objects, arch="sm_80"):
+    """{kernel: [(address, opcode with suffixes, target of a branch or None)]}"""
+    text = _run("cuobjdump", "-sass", "-arch", arch, objects).stdout
+    found = {}
+    for part in re.split(r"Function : ", text)[1:]:
+        code = []
+        for address, guard, opcode, rest in re.findall(
+                r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\d+ |@!?UPT |@!?PT )?([A-Z][\w.]*)([^;]*);", part):
+            target = re.search(r"0x([0-9a-f]+)\s*$", rest) if opcode.startswith("BRA") else None
+            code.append((int(address, 16), opcode, target and int(target[1], 16), bool(guard)))
+        found[part.split()[0]] = code
+    return found
+
+
+def innermost_loops(code):
+    """The instructions of each backward branch that has no other inside."""
+    at = {address: i for i, (address, *_) in enumerate(code)}
+    spans = [(at[target], i) for i, (address, _, target, _) in enumerate(code)
+             if target is not None and target < address]
+    return [span for span in spans
+            if not any(other != span and span[0] <= other[0] and other[1] <= span[1]
+                       for other in spans)]
+
+
+def rare(code, begin, end):
+    """Indices in [begin, end] that a forward branch jumps over where they reduce over lanes (SHFL):
+    what is done only when some row's reference has to rise."""
+    at = {address: i for i, (address, *_) in enumerate(code)}
+    skipped = set()
+    for i in range(begin, end):
+        target = code[i][2]
+        if target is not None and code[i][0] < target and at[target] <= end + 1:
+            inside = range(i + 1, at[target])
+            opcodes = [code[k][1].split(".")[0] for k in inside]
+            if "SHFL" in opcodes and "HMMA" not in opcodes:
+                skipped.update(inside)
+    return skipped
+
+
+def count(code, begin, end):
+    """What one warp issues in an iteration, the rare part apart."""
+    skipped = rare(code, begin, end)
+    opcodes = [code[i][1] for i in range(begin, end + 1) if i not in skipped]
+
+    def number(*names):
+        return sum(opcode.split(".")[0] in names for opcode in opcodes)
+    moved = sum(TRANSFER[opcode] for opcode in opcodes
+                if opcode.split(".")[0] in ("LDSM", "STS", "LDS"))
+    hmma = sum(opcode.startswith("HMMA.16816") for opcode in opcodes)
+    return {"HMMA": hmma, "instructions": len(opcodes), "rare": len(skipped),
+            "LDSM": number("LDSM"), "STS": number("STS"), "MUFU": number("MUFU"),
+            "local": number("LDL", "STL"),
+            "per HMMA": len(opcodes) / max(hmma, 1),
+            "shared time": SUB_CORES * moved / SHARED_BYTES_PER_CLOCK / max(hmma * HMMA_CLOCKS, 1),
+            "opcodes": {name: opcodes.count(name) for name in sorted(set(opcodes))}}
+
+
+def hot_loop(code):
+    """Counts of the innermost loop with the fewest instructions per HMMA."""
+    counts = [count(code, *span) for span in innermost_loops(code)]
+    return min((c for c in counts if c["HMMA"]), key=lambda c: c["per HMMA"], default=None)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("object", type=Path)
+    parser.add_argument("--arch", default="sm_80")
+    parser.add_argument("--kernel", default="", help="only kernels whose name has this text in it")
+    parser.add_argument("--opcodes", action="store_true", help="list the loop's opcodes as well")
+    args = parser.parse_args()
+    usage = resources(args.object)
+    for name, code in kernels(args.object, args.arch).items():
+        loop = args.kernel in name and hot_loop(code)
+        if not loop:
+            continue
+        registers, stack = usage.get(name, ("?", "?"))
+        print(f"{name}\n  {registers} registers, {stack} bytes of stack, per iteration: "
+              + ", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                          for key, value in loop.items() if key != "opcodes"))
+        if args.opcodes:
+            for opcode, n in loop["opcodes"].items():
+                print(f"    {n:5} {opcode}")
+
+
+if __name__ == "__main__":
+    main()
