@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   for (int other = lanes / 2; other > 0; other /= 2)
-    dot += __shfl_xor_sync(0xffffffffu, dot, other);
+    dot += __shfl_xor_sync(kAllLanes, dot, other);
   if (!exists || threadIdx.x % lanes) return;
   const int64_t at = bh * g.a.T + t;
   static_cast<A*>(g.delta)[at] = dot - (g.dlse ? static_cast<const A*>(g.dlse)[at] : A(0));
@@ -69,11 +69,11 @@ template <class T> Status launch_delta(const AttentionGrads& g, bool whole, cuda
   int lanes = 1;
   while (lanes < 32 && lanes < vecs) lanes *= 2;
   const int64_t blocks = ceil_div(g.a.T, kThreads / lanes);
-  unsigned grid;
-  if (grid_of(grid, blocks, (g.a.cu_q ? 1 : g.a.B) * g.a.H) != kOk) return kUnsupported;
+  const int64_t grid = blocks * (g.a.cu_q ? 1 : g.a.B) * g.a.H;
+  if (grid > kMaxBlocks) return kUnsupported;
   const auto kernel =
       whole ? attention_bwd_delta_kernel<T, kVec> : attention_bwd_delta_kernel<T, 1>;
-  kernel<<<grid, kThreads, 0, stream>>>(g, lanes, int(blocks));
+  kernel<<<unsigned(grid), kThreads, 0, stream>>>(g, lanes, int(blocks));
   return launch_status();
 }
 
@@ -93,7 +93,9 @@ Status attention_bwd(void* dq, void* dk, void* dv, void* delta, const void* dout
     const bool whole = all_aligned<T>(g);
     Status status = launch_delta<T>(g, whole, on);
     if (status != kOk) return status;
-    return attention_bwd_scalar(g, on);
+    if (sizeof(T) != 2 || !whole || a->D > 256) return attention_bwd_scalar(g, on);
+    status = attention_bwd_dkdv(g, on);
+    return status == kOk ? attention_bwd_dq(g, on) : status;
   });
 }
 

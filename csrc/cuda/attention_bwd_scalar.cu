@@ -6,9 +6,9 @@
 namespace lx {
 namespace {
 
-constexpr int kTile = 64;           // queries, and keys, of a tile of scores
-constexpr int kSide = 16;           // threads along each side of it
-constexpr int kPer = kTile / kSide; // rows and columns of it that a thread has
+constexpr int kTile = 64;            // queries, and keys, of a tile of scores
+constexpr int kSide = 16;            // threads along each side of it
+constexpr int kPer = kTile / kSide;  // rows and columns of it that a thread has
 constexpr int kThreads = kSide * kSide;
 
 template <class A> struct Sizes {
@@ -216,12 +216,11 @@ Status launch(const AttentionGrads& g, cudaStream_t stream) {
   const int64_t column_blocks = ceil_div(a.D, Z::kColumns);
   const int64_t seats = kForKeys ? tile_seats(a.cu_k, a.B, a.S, kTile)
                                  : tile_seats(a.cu_q, a.B, a.T, kTile);
-  unsigned blocks;
-  if (grid_of(blocks, seats, (kForKeys ? a.Hkv : a.H) * column_blocks) != kOk)
-    return kUnsupported;
+  const int64_t blocks = seats * (kForKeys ? a.Hkv : a.H) * column_blocks;
+  if (blocks > kMaxBlocks) return kUnsupported;
   const auto kernel = attention_bwd_scalar_kernel<T, kForKeys>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Z::kBytes);
-  kernel<<<blocks, kThreads, Z::kBytes, stream>>>(g, int(column_blocks));
+  kernel<<<unsigned(blocks), kThreads, Z::kBytes, stream>>>(g, int(column_blocks));
   return launch_status();
 }
 
