@@ -71,7 +71,7 @@ __device__ void add_tile(Sums<S>& sums, const Kept<S>& kept, const Warp<S>& w, c
   const char* s_start = (w.role ? s_rows + S::kQueries * 4 : s_dynamic + S::kZeros) +
                         lane % 4 * kQuadBytes;
   const char* s_lse = s_rows + lane % 4 * 8;
-#pragma unroll kMasked ? 1 : S::kSteps
+#pragma unroll 1
   for (int step = 0; step < S::kSteps; step++) {
     const int i = i0 + step * 16;
     if constexpr (kMasked) {
@@ -203,30 +203,29 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   }
 
   const int head = kv * group;  // the first of the group
-  Loader load_q(static_cast<const T*>(a.q) + s.q_at + head * a.q_stride[2], a.q_stride[1], D,
-                threadIdx.x);
-  Loader load_dout(static_cast<const T*>(g.dout) + dout_at(g, s, seat.b) + head * g.dout_stride[2],
-                   g.dout_stride[1], D, threadIdx.x);
-  // Thread t has lse of query t of a tile, and thread kQueries + t its delta.
-  const bool has_lse = threadIdx.x < S::kQueries, has_row = threadIdx.x < 2 * S::kQueries;
-  const int row = threadIdx.x % S::kQueries;
-  const float* rows = static_cast<const float*>(has_lse ? g.lse : g.delta) + s.lse_at +
-                      head * s.lse_stride + row;
+  const T* g_q = static_cast<const T*>(a.q) + s.q_at + head * a.q_stride[2];
+  const T* g_dout = static_cast<const T*>(g.dout) + dout_at(g, s, seat.b) + head * g.dout_stride[2];
+  int64_t row_at = s.lse_at + head * s.lse_stride;  // of lse and delta
   const TileRange tiles = uniform(query_tiles<S::kQueries>(s, j0, min(j0 + S::kKeys, s.S)));
+  // Thread t has lse of query t of a tile, and thread kQueries + t its delta.
   float r_row = 0;
   const auto prefetch = [&](int tile, int stage) {
-    const int i0 = tile * S::kQueries;
+    const int thread = ptx::thread_index(), i = tile * S::kQueries + thread % S::kQueries;
+    const Loader load_q(g_q, a.q_stride[1], D, thread);
+    const Loader load_dout(g_dout, g.dout_stride[1], D, thread);
     const uint32_t s_stage = s_tiles + stage * S::kStageBytes;
-    load_q.template load<S::kQueries>(s_stage, i0, s.T);
-    load_dout.template load<S::kQueries>(s_stage + S::kTileBytes, i0, s.T);
+    load_q.template load<S::kQueries>(s_stage, tile * S::kQueries, s.T);
+    load_dout.template load<S::kQueries>(s_stage + S::kTileBytes, tile * S::kQueries, s.T);
     ptx::cp_async_commit();
-    r_row = has_row && i0 + row < s.T ? rows[i0] : 0;
+    if (thread < 2 * S::kQueries && i < s.T)
+      r_row = static_cast<const float*>(thread < S::kQueries ? g.lse : g.delta)[row_at + i];
   };
   const auto put_rows = [&](int stage) {
+    const int thread = ptx::thread_index(), row = thread % S::kQueries;
     float* s_rows = reinterpret_cast<float*>(s_dynamic + S::kRows + stage * S::kRowsBytes);
-    if (has_lse) {
+    if (thread < S::kQueries) {
       s_rows[row] = -r_row * kLog2E;
-    } else if (has_row) {
+    } else if (thread < 2 * S::kQueries) {
       s_rows += S::kQueries + row / 2 * 4 + row % 2;
       s_rows[0] = s_rows[2] = -r_row;
     }
@@ -246,9 +245,9 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
     if (left > 1) {
       if (next == tiles.end) {
         next = tiles.begin;
-        load_q.from += a.q_stride[2] * int64_t(sizeof(T));
-        load_dout.from += g.dout_stride[2] * int64_t(sizeof(T));
-        rows += s.lse_stride;
+        g_q += a.q_stride[2];
+        g_dout += g.dout_stride[2];
+        row_at += s.lse_stride;
       }
       prefetch(next, 1 - stage);
     }

@@ -63,7 +63,7 @@ __device__ void add_tile(Sums<S>& sums, const Kept<S>& q, const Kept<S>& dout, c
   const uint32_t own_keys = w.part * 16 * S::kHeadDim * 2;
   const char* s_starts = s_dynamic + S::kStarts + (w.team * S::kTeamRows / 2 + lane / 4) * 16;
   const char* s_lse = s_dynamic + S::kLse + (w.team * S::kTeamRows / 2 + lane / 4) * 8;
-#pragma unroll kMasked ? 1 : S::kSteps
+#pragma unroll 1
   for (int step = 0; step < S::kSteps; step++) {
     const int j = j0 + step * S::kStepKeys;
     if constexpr (kMasked) {
@@ -71,45 +71,55 @@ __device__ void add_tile(Sums<S>& sums, const Kept<S>& q, const Kept<S>& dout, c
                         min(j + S::kStepKeys, s.S) - 1 - i0 >= -s.behind;
       if (!some) continue;
     }
-    float x[S::kRowBlocks][2][4], y[S::kRowBlocks][2][4], start[S::kRowBlocks][4], zero[4] = {};
-#pragma unroll
-    for (int m = 0; m < S::kRowBlocks; m++) {
-      const float4 quad = *reinterpret_cast<const float4*>(s_starts + m * 8 * 16);
-      start[m][0] = quad.x, start[m][1] = quad.y, start[m][2] = quad.z, start[m][3] = quad.w;
-    }
+    float p[S::kRowBlocks][2][4], ds[S::kRowBlocks][2][4], zero[4] = {};
 #pragma unroll
     for (int d = 0; d < S::kColumns; d++) {
-      const uint32_t block = w.columns.block(step * S::kStepKeys, d) + own_keys;
-      uint32_t r_k[4], r_v[4];
-      ptx::ldmatrix(r_k, block + k_at);
-      ptx::ldmatrix(r_v, block + v_at);
+      uint32_t r_k[4];
+      ptx::ldmatrix(r_k, w.columns.block(step * S::kStepKeys, d) + own_keys + k_at);
 #pragma unroll
       for (int m = 0; m < S::kRowBlocks; m++) {
-        mma<T>(x[m][0], q[m][d], r_k[0], r_k[1], d ? x[m][0] : zero);
-        mma<T>(x[m][1], q[m][d], r_k[2], r_k[3], d ? x[m][1] : zero);
-      }
-#pragma unroll
-      for (int m = 0; m < S::kRowBlocks; m++) {
-        mma<T>(y[m][0], dout[m][d], r_v[0], r_v[1], d ? y[m][0] : start[m]);
-        mma<T>(y[m][1], dout[m][d], r_v[2], r_v[3], d ? y[m][1] : start[m]);
+        mma<T>(p[m][0], q[m][d], r_k[0], r_k[1], d ? p[m][0] : zero);
+        mma<T>(p[m][1], q[m][d], r_k[2], r_k[3], d ? p[m][1] : zero);
       }
     }
-    uint32_t r_ds[S::kShare][S::kRowBlocks][4];
 #pragma unroll
     for (int m = 0; m < S::kRowBlocks; m++) {
       const float2 lse = *reinterpret_cast<const float2*>(s_lse + m * 8 * 8);
 #pragma unroll
       for (int n = 0; n < 2; n++)
+        for (int e = 0; e < 4; e++)
+          p[m][n][e] = ptx::ex2(fmaf(p[m][n][e], w.c, e / 2 ? lse.y : lse.x));
+    }
+#pragma unroll
+    for (int d = 0; d < S::kColumns; d++) {
+      uint32_t r_v[4];
+      ptx::ldmatrix(r_v, w.columns.block(step * S::kStepKeys, d) + own_keys + v_at);
+#pragma unroll
+      for (int m = 0; m < S::kRowBlocks; m++) {
+        float start[4];
+        if (d == 0) {
+          const float4 quad = *reinterpret_cast<const float4*>(s_starts + m * 8 * 16);
+          start[0] = quad.x, start[1] = quad.y, start[2] = quad.z, start[3] = quad.w;
+        }
+        mma<T>(ds[m][0], dout[m][d], r_v[0], r_v[1], d ? ds[m][0] : start);
+        mma<T>(ds[m][1], dout[m][d], r_v[2], r_v[3], d ? ds[m][1] : start);
+      }
+    }
+    uint32_t r_ds[S::kShare][S::kRowBlocks][4];
+#pragma unroll
+    for (int m = 0; m < S::kRowBlocks; m++) {
+#pragma unroll
+      for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-          y[m][n][e] *= ptx::ex2(fmaf(x[m][n][e], w.c, e / 2 ? lse.y : lse.x));
+          ds[m][n][e] *= p[m][n][e];
           if constexpr (kMasked) {
             const int key = j + w.part * 16 + n * 8 + lane % 4 * 2 + e % 2;
             const int ahead = key - (i0 + m * 16 + e / 2 * 8 + lane / 4);
-            if (ahead > s.ahead || ahead < -s.behind || key >= s.S) y[m][n][e] = 0;
+            if (ahead > s.ahead || ahead < -s.behind || key >= s.S) ds[m][n][e] = 0;
           }
         }
-      to_operand<T>(r_ds[0][m], y[m][0], y[m][1]);
+      to_operand<T>(r_ds[0][m], ds[m][0], ds[m][1]);
     }
     if constexpr (S::kShare > 1) {
       uint4* s_ds = reinterpret_cast<uint4*>(s_dynamic + S::kHandOver +
@@ -203,12 +213,12 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
     __syncthreads();  // and read, so that K and V may take their place
   }
 
-  const Loader load_k(static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2], a.k_stride[1], D,
-                      threadIdx.x);
-  const Loader load_v(static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2], a.v_stride[1], D,
-                      threadIdx.x);
+  const T* g_k = static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2];
+  const T* g_v = static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2];
   const TileRange tiles = uniform(key_tiles<S::kKeys>(s, i0, min(i0 + S::kRows, s.T)));
   const auto prefetch = [&](int tile, int stage) {
+    const Loader load_k(g_k, a.k_stride[1], D, ptx::thread_index());
+    const Loader load_v(g_v, a.v_stride[1], D, ptx::thread_index());
     const uint32_t s_stage = s_tiles + stage * S::kStageBytes;
     load_k.template load<S::kKeys>(s_stage, tile * S::kKeys, s.S);
     load_v.template load<S::kKeys>(s_stage + S::kTileBytes, tile * S::kKeys, s.S);
