@@ -246,8 +246,8 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   __syncthreads();  // dq is there
   const int64_t stride = int64_t(H) * D;
   store_tile<T, S::kHeadDim, S::kRows, kThreads>(
-      static_cast<T*>(g.dq) + (s.q_row + i0) * stride + int64_t(h) * D, stride, s_dynamic, s.T - i0,
-      D);
+      static_cast<T*>(g.dq) + (Sequence(a, seat.b).q_row + i0) * stride + int64_t(h) * D, stride,
+      s_dynamic, s.T - i0, D);
 }
 
 template <class S> Status launch(const AttentionGrads& g, cudaStream_t stream) {
