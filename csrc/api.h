@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-enum { kApiVersion = 2 };
+enum { kApiVersion = 3 };
 
 typedef enum DType { kFloat32, kBFloat16, kFloat16, kFloat64 } DType;
 
@@ -126,8 +126,10 @@ typedef struct Kernels {
 
   /* o = softmax(scale * q k^T) v over the keys each query sees; lse = log(sum(exp(scores))).
    * o (B, T, H, D) contiguous; lse (B, H, T), packed (H, T), acc. A query that sees nothing gets
-   * o = 0 and lse = -inf. */
-  Status (*attention_fwd)(void* o, void* lse, const Attention* a, Stream stream);
+   * o = 0 and lse = -inf. partial ((D + 1) B T H attention_fwd_parts(a)) acc scratch, null where
+   * there is one part. */
+  Status (*attention_fwd)(void* o, void* lse, void* partial, const Attention* a, Stream stream);
+  int64_t (*attention_fwd_parts)(const Attention* a);
 
   /* p = exp(scores - lse), delta = sum(dout * o) - dlse per query, ds = p * (dout v^T - delta);
    * dq = scale ds k, dk = scale ds^T q, dv = p^T dout, summed over the heads of a group.

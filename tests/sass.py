@@ -13,8 +13,7 @@ from pathlib import Path
 # (512 bytes) the shared memory of the whole SM.
 HMMA_CLOCKS, SUB_CORES, SHARED_BYTES_PER_CLOCK = 8, 4, 128
 TRANSFER = {"LDSM.16.M88.4": 512, "LDSM.16.MT88.4": 512, "LDSM.16.M88.2": 256,
-            "LDSM.16.MT88.2": 256, "STS.128": 512, "STS.64": 256, "STS": 128, "LDS.128": 512,
-            "LDS.64": 256, "LDS": 128}
+            "LDSM.16.MT88.2": 256, "STS.128": 512, "STS.64": 256, "STS": 128}
 
 
 def tool(name):
@@ -45,9 +44,10 @@ def kernels(objects, arch="sm_80"):
     for part in re.split(r"Function : ", text)[1:]:
         code = []
         for address, guard, opcode, rest in re.findall(
-                r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\d+ |@!?UPT |@!?PT )?([A-Z][\w.]*)([^;]*);", part):
+                r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", part):
+            opcode = "NOP" if guard.strip() == "@!PT" else opcode
             target = re.search(r"0x([0-9a-f]+)\s*$", rest) if opcode.startswith("BRA") else None
-            code.append((int(address, 16), opcode, target and int(target[1], 16), bool(guard)))
+            code.append((int(address, 16), opcode, target and int(target[1], 16)))
         found[part.split()[0]] = code
     return found
 
@@ -55,7 +55,7 @@ def kernels(objects, arch="sm_80"):
 def innermost_loops(code):
     """The instructions of each backward branch that has no other inside."""
     at = {address: i for i, (address, *_) in enumerate(code)}
-    spans = [(at[target], i) for i, (address, _, target, _) in enumerate(code)
+    spans = [(at[target], i) for i, (address, _, target) in enumerate(code)
              if target is not None and target < address]
     return [span for span in spans
             if not any(other != span and span[0] <= other[0] and other[1] <= span[1]
@@ -63,18 +63,18 @@ def innermost_loops(code):
 
 
 def rare(code, begin, end):
-    """Indices in [begin, end] that a forward branch jumps over where they reduce over lanes (SHFL):
-    what is done only when some row's reference has to rise."""
+    """Indices in [begin, end] that reduce over lanes (SHFL), with as much around them as a forward
+    branch jumps over: a tile done again because some row's largest score has grown too much."""
     at = {address: i for i, (address, *_) in enumerate(code)}
-    skipped = set()
-    for i in range(begin, end):
-        target = code[i][2]
-        if target is not None and code[i][0] < target and at[target] <= end + 1:
-            inside = range(i + 1, at[target])
-            opcodes = [code[k][1].split(".")[0] for k in inside]
-            if "SHFL" in opcodes and "HMMA" not in opcodes:
-                skipped.update(inside)
-    return skipped
+    jumps = [range(i + 1, at[target]) for i, (address, _, target) in enumerate(code)
+             if begin <= i < end and target is not None and address < target
+             and at[target] <= end + 1]
+    found = set()
+    for i in range(begin, end + 1):
+        if code[i][1].startswith("SHFL") and i not in found:
+            around = [jump for jump in jumps if i in jump]
+            found.update(min(around, key=len, default=()))
+    return found
 
 
 def count(code, begin, end):
@@ -85,7 +85,7 @@ def count(code, begin, end):
     def number(*names):
         return sum(opcode.split(".")[0] in names for opcode in opcodes)
     moved = sum(TRANSFER[opcode] for opcode in opcodes
-                if opcode.split(".")[0] in ("LDSM", "STS", "LDS"))
+                if opcode.split(".")[0] in ("LDSM", "STS"))
     hmma = sum(opcode.startswith("HMMA.16816") for opcode in opcodes)
     return {"HMMA": hmma, "instructions": len(opcodes), "rare": len(skipped),
             "LDSM": number("LDSM"), "STS": number("STS"), "MUFU": number("MUFU"),

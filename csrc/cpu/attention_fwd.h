@@ -186,7 +186,10 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
                  : static_cast<A>(top + std::log(double(total)));
 }
 
-Status attention_fwd(void* o, void* lse, const Attention* attention, Stream stream) {
+// Keys are not split.
+int64_t attention_fwd_parts(const Attention*) { return 1; }
+
+Status attention_fwd(void* o, void* lse, void*, const Attention* attention, Stream stream) {
   const Attention& a = *attention;
   return dispatch(a.dtype, [&](auto t) {
     using T = decltype(t);

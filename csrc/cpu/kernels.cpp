@@ -26,6 +26,7 @@ extern "C" const Kernels* LX_CONCAT(lx_cpu_kernels_, LX_ISA)() {
       .mean_loss = mean_loss,
       .cross_entropy_bwd = cross_entropy_bwd,
       .attention_fwd = attention_fwd,
+      .attention_fwd_parts = attention_fwd_parts,
       .attention_bwd = attention_bwd,
   };
   return &table;

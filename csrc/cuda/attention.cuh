@@ -9,7 +9,7 @@
 
 namespace lx {
 
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 constexpr int64_t kMaxTokens = 1 << 29;  // T and S, so that sums of three are ints
 
@@ -23,6 +23,7 @@ struct Sequence {
   int64_t lse_at, lse_stride;  // lse of head h, query i is at lse_at + h * lse_stride + i
   int ahead, behind;           // query i sees key j when -behind <= j - i <= ahead
 
+  Sequence() = default;
   __device__ Sequence(const Attention& a, int b) {
     const bool packed = a.cu_q;
     q_row = packed ? a.cu_q[b] : b * a.T;
@@ -110,27 +111,75 @@ __device__ inline Seat seat_of(const int32_t* cu, int B, int tokens, int height,
   return {low, descending ? tiles - 1 - tile : tile};
 }
 
-// A tile in shared memory: rows of kHeadDim 16-bit values, in pieces of 16 bytes. Piece p of row r
-// lies in place p ^ (r % 8) of the row, so that eight rows of one column, which ldmatrix reads
-// together, and eight columns of one row, which a copy writes together, fall into different banks.
+// What a block of the forward works on: a head, and the queries of a sequence from i0 on. i0 may
+// lie outside: then there is nothing to do.
+struct Place {
+  int b, h, i0;
+};
+
+constexpr int64_t kMaxBlocks = 1 << 30;   // so that they are counted, and divided, as ints
+constexpr int64_t kL2Bytes = 40ll << 20;  // of an A100
+
+// How blocks are handed out: the seats of `at_once` heads (of all batches, unless packed) before
+// the next heads', so that their K and V stay in L2; among these the seats that see most first, so
+// that the last blocks to run are short ones.
+struct Order {
+  int64_t heads, seats;
+  int at_once;
+
+  Order(const Attention& a, int height, int64_t element_bytes)
+      : heads(a.cu_q ? a.H : a.B * a.H),
+        seats(tile_seats(a.cu_q, a.cu_q ? a.B : 1, a.T, height)) {
+    const int64_t bytes = a.S / (a.cu_q ? a.B : 1) * a.D * 2 * element_bytes;  // of K and V
+    const int64_t fit = kL2Bytes / 2 * (a.H / a.Hkv) / (bytes + 1);
+    at_once = int(fit < 1 ? 1 : fit < heads ? fit : heads);
+  }
+  bool too_large() const { return heads * seats >= kMaxBlocks; }
+};
+
+__device__ inline Place place_of(const Attention& a, int height, int at_once, int seats) {
+  const int H = int(a.H), heads = a.cu_q ? H : int(a.B) * H;
+  const unsigned group = blockIdx.x / unsigned(at_once * seats) * at_once;
+  const unsigned in_group = blockIdx.x % unsigned(at_once * seats);
+  const unsigned size = min(unsigned(at_once), heads - group);
+  const int head = group + in_group % size, number = in_group / size;
+  if (!a.cu_q) return {head / H, head % H, (seats - 1 - number) * height};
+  const Seat seat = seat_of(a.cu_q, int(a.B), int(a.T), height, number, true);
+  return {seat.b, head, seat.tile * height};
+}
+
+// Where the pieces of 16 bytes of a tile's rows of kHeadDim 16-bit values lie in shared memory, so
+// that eight rows of one column, which ldmatrix reads together, and eight columns of one row, which
+// a copy writes together, fall into different banks. Here piece p of row r is in place p ^ (r % 8)
+// of its row.
 template <int kHeadDim> struct Swizzle {
   static_assert(kHeadDim % 64 == 0, "rows are a multiple of 128 bytes, once around the banks");
   static constexpr int kRowBytes = kHeadDim * 2, kPieces = kHeadDim / 8;
+  static constexpr int kAddresses = 4;  // columns so many blocks of 16 apart are a constant apart
 
   __device__ static uint32_t offset(int row, int piece) {
     return row * kRowBytes + ((piece ^ (row % 8)) * 16);
   }
 };
 
+// Here each row is followed by 16 bytes of nothing: a little more memory than Swizzle, but one
+// register is enough to address all of a tile.
+template <int kHeadDim> struct Padded {
+  static_assert(kHeadDim % 64 == 0, "rows begin 16 bytes further around the banks each");
+  static constexpr int kRowBytes = kHeadDim * 2 + 16, kPieces = kHeadDim / 8;
+  static constexpr int kAddresses = 1;
+
+  __device__ static uint32_t offset(int row, int piece) { return row * kRowBytes + piece * 16; }
+};
+
 // Copies rows of a strided matrix in global memory into tiles. Each thread has one piece of every
 // kRows-th row; its columns from D on are left alone: zero them once by zero_columns.
-template <class T, int kHeadDim, int kThreads> struct TileLoader {
-  using Layout = Swizzle<kHeadDim>;
+template <class T, int kHeadDim, int kThreads, class Layout = Swizzle<kHeadDim>> struct TileLoader {
   static constexpr int kRows = kThreads / Layout::kPieces;  // at once
   static_assert(kThreads % Layout::kPieces == 0, "a thread keeps to one column");
 
-  const char* from;    // this thread's piece of row `row`
-  int64_t row_bytes;   // from row to row
+  const char* from;   // this thread's piece of row `row`
+  int64_t row_bytes;  // from row to row
   int row, piece;
   bool has_columns;
 
@@ -143,27 +192,30 @@ template <class T, int kHeadDim, int kThreads> struct TileLoader {
     from = reinterpret_cast<const char*>(rows + row * stride) + piece * 16;
   }
   __device__ uint32_t place(int step) const {  // of row `row + step * kRows` in a tile
-    if constexpr (kRows % 8 == 0) return Layout::offset(row, piece) + step * kRows * kHeadDim * 2;
+    if constexpr (kRows % 8 == 0 || Layout::kAddresses == 1)
+      return Layout::offset(row, piece) + step * kRows * Layout::kRowBytes;
     else return Layout::offset(row + step * kRows, piece);
   }
   // Rows [first, first + kTileRows), all of which exist.
   template <int kTileRows> __device__ void load(uint32_t s_tile, int first) const {
     static_assert(kTileRows % kRows == 0, "all threads copy equally many rows");
-    const char* p = from + first * row_bytes;
-    if (has_columns)
+    const char* p = ptx::opaque(from + first * row_bytes);
 #pragma unroll
-      for (int step = 0; step < kTileRows / kRows; step++, p += kRows * row_bytes)
-        ptx::cp_async(s_tile + place(step), p);
+    for (int step = 0; step < kTileRows / kRows; step++) {
+      if (has_columns) ptx::cp_async(s_tile + place(step), p);
+      p = ptx::opaque(p + kRows * row_bytes);
+    }
   }
   // The same, with zeros for the rows from `end` on.
   template <int kTileRows> __device__ void load(uint32_t s_tile, int first, int end) const {
     static_assert(kTileRows % kRows == 0, "all threads copy equally many rows");
-    const char* p = from + first * row_bytes;
-    if (has_columns)
+    const char* p = ptx::opaque(from + first * row_bytes);
 #pragma unroll
-      for (int step = 0; step < kTileRows / kRows; step++, p += kRows * row_bytes)
-        ptx::cp_async_zero_fill(s_tile + place(step), p,
-                                first + row + step * kRows < end ? 16 : 0);
+    for (int step = 0; step < kTileRows / kRows; step++) {
+      const int bytes = first + row + step * kRows < end ? 16 : 0;
+      if (has_columns) ptx::cp_async_zero_fill(s_tile + place(step), p, bytes);
+      p = ptx::opaque(p + kRows * row_bytes);
+    }
   }
   // Zeros the columns from D on; they stay so. Readers need a barrier before, as after a copy.
   template <int kTileRows> __device__ void zero_columns(uint32_t s_tile) const {
@@ -174,29 +226,31 @@ template <class T, int kHeadDim, int kThreads> struct TileLoader {
   }
 };
 
-// Where a lane finds its row of a 16 x 16 block X of a tile for ldmatrix, so that the registers come
-// in the order in which mma takes them (in pairs and fours that lie side by side):
+// Where a lane finds its row of a 16 x 16 block X of a tile for ldmatrix, so that the registers
+// come in the order in which mma takes them (in pairs and fours that lie side by side):
 //   X   as A operand r by ldmatrix,       as B operands {r[0], r[1]} (columns 0-7 of X) and
 //       {r[2], r[3]} (columns 8-15) by ldmatrix_trans;
 //   X^T (kTransposed) as A operand r by ldmatrix_trans, as B operands {r[0], r[1]} (columns 0-7 of
 //       X^T, which are rows 0-7 of X) and {r[2], r[3]} by ldmatrix.
-// Four registers, from which every block of a tile, and of tiles at constant distances, is a
-// constant away.
-template <int kHeadDim, bool kTransposed> struct BlockAddress {
-  uint32_t at[4];
+// From these registers every block of a tile, and of tiles at constant distances, is a constant
+// away.
+template <int kHeadDim, bool kTransposed, class Layout = Swizzle<kHeadDim>> struct BlockAddress {
+  static constexpr int kAddresses = Layout::kAddresses;
+  uint32_t at[kAddresses];
 
-  // s_tile: a tile that begins at a multiple of 1024 bytes, or a multiple of 8 rows further.
+  // s_tile: a tile that begins at a multiple of 128 bytes, or a multiple of 8 rows further.
   __device__ BlockAddress(uint32_t s_tile) {
     const int lane = threadIdx.x % 32;
     const int row = kTransposed ? lane % 8 + lane / 16 * 8 : lane % 16;
     const int right = kTransposed ? lane / 8 % 2 : lane / 16;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      at[i] = s_tile + Swizzle<kHeadDim>::offset(row, 2 * i + right);
+    for (int i = 0; i < kAddresses; i++)
+      at[i] = s_tile + Layout::offset(row, 2 * i + right);
   }
   // Of the block whose first row is `row` (a multiple of 8) and whose first column is 16 * column.
   __device__ uint32_t block(int row, int column) const {
-    return at[column % 4] + row * (kHeadDim * 2) + column / 4 * 128;
+    return at[column % kAddresses] + row * Layout::kRowBytes +
+           column / kAddresses * kAddresses * 32;
   }
 };
 
@@ -212,6 +266,12 @@ __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 template <class T>
 __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   mma<T>(d, a, b0, b1, d);
+}
+
+// Lets a kernel have so many bytes of dynamic shared memory; if not, the next launch_status tells.
+template <class Kernel> bool allow_shared_memory(Kernel kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
+         cudaSuccess;
 }
 
 // Two values rounded to T, the first in the low half.
@@ -233,5 +293,12 @@ __device__ void to_operand(uint32_t (&a)[4], const float (&left)[4], const float
   a[2] = pack<T>(right[0], right[1]);
   a[3] = pack<T>(right[2], right[3]);
 }
+
+// The forward's other kernels. attention_decode splits the keys of a few queries, at most
+// kMaxDecodeQueries, over blocks; attention_scalar takes every dtype and layout.
+constexpr int64_t kMaxDecodeQueries = 16;
+inline bool attention_decodes(const Attention& a) { return !a.cu_q && a.T <= kMaxDecodeQueries; }
+Status attention_decode(void* o, void* lse, void* partial, const Attention& a, Stream stream);
+Status attention_scalar(void* o, void* lse, const Attention& a, Stream stream);
 
 }  // namespace lx

@@ -32,10 +32,6 @@ Status attention_bwd_dkdv(const AttentionGrads& g, cudaStream_t stream);
 Status attention_bwd_dq(const AttentionGrads& g, cudaStream_t stream);
 Status attention_bwd_scalar(const AttentionGrads& g, cudaStream_t stream);
 
-// Blocks are counted, and divided, as ints.
-constexpr int64_t kMaxBlocks = 1 << 30;
-constexpr int64_t kL2Bytes = 40ll << 20;  // of an A100
-
 // A grid with one block for each seat and head, in groups of `at_once` heads: all blocks of a group
 // come before those of the next, so that what they all read stays in L2.
 struct Grid {
@@ -69,11 +65,16 @@ __device__ inline Seat seat_of(const Grid::Place& p, const int32_t* cu, int64_t 
   return {p.head / heads, descending ? seats - 1 - p.seat : p.seat};
 }
 
+// The same in every lane, known to the compiler, which then keeps it apart from the lanes' registers.
+template <class T> __device__ const T* uniform(const T* p) {
+  return reinterpret_cast<const T*>(
+      __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(p), 0));
+}
+
 // Writes rows [0, rows) of a tile in shared memory to global memory, `stride` elements apart, 16
 // bytes at a time. kRows: of the tile; all kThreads threads of the block take part.
-template <class T, int kHeadDim, int kRows, int kThreads>
+template <class T, class Layout, int kRows, int kThreads>
 __device__ void store_tile(T* to, int64_t stride, const char* s_tile, int rows, int D) {
-  using Layout = Swizzle<kHeadDim>;
 #pragma unroll 4
   for (int at = threadIdx.x; at < kRows * Layout::kPieces; at += kThreads) {
     const int row = at / Layout::kPieces, piece = at % Layout::kPieces;
@@ -84,10 +85,9 @@ __device__ void store_tile(T* to, int64_t stride, const char* s_tile, int rows, 
 }
 
 // Puts a 16 x 16 block of accumulators, times scale, at row `row` and column 16 * column of a tile.
-template <class T, int kHeadDim>
+template <class T, class Layout>
 __device__ void put_block(char* s_tile, int row, int column, const float (&block)[2][4],
                           float scale) {
-  using Layout = Swizzle<kHeadDim>;
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < 2; n++)

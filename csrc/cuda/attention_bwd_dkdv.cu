@@ -20,13 +20,14 @@ constexpr int kQuadBytes = 16;          // four fp32 numbers
 // kBlocks thread blocks on an SM.
 template <class T_, int kHeadDim_, int kKeyBlocks_, int kQueries_, int kBlocks_> struct Shape {
   using T = T_;
+  using Layout = Padded<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_, kKeyBlocks = kKeyBlocks_, kQueries = kQueries_;
   static constexpr int kBlocks = kBlocks_, kColumns = kHeadDim / 16, kSteps = kQueries / 16;
   static constexpr int kPairKeys = kKeyBlocks * 16, kKeys = kPairs * kPairKeys;
   // Shared memory: two stages of (Q, dout), at first K and V and at last dv and dk; then p on its
   // way; then, of each query, what is added to its scores and dweights.
-  static constexpr int kTileBytes = kQueries * kHeadDim * 2, kStageBytes = 2 * kTileBytes;
-  static constexpr int kKeyTileBytes = kKeys * kHeadDim * 2;
+  static constexpr int kTileBytes = kQueries * Layout::kRowBytes, kStageBytes = 2 * kTileBytes;
+  static constexpr int kKeyTileBytes = kKeys * Layout::kRowBytes;
   static constexpr int kTilesBytes = 2 * (kStageBytes > kKeyTileBytes ? kStageBytes : kKeyTileBytes);
   static constexpr int kHandOverBytes = kKeyBlocks * 2 * 32 * kQuadBytes;  // of a pair
   static constexpr int kRowsBytes = kQueries * 12;                         // of a stage
@@ -41,8 +42,8 @@ template <class S> using Kept = uint32_t[S::kKeyBlocks][S::kColumns][4];
 // A warp's place and what it reads.
 template <class S> struct Warp {
   int pair, role;  // role 0: K, p and dv; 1: V, ds and dk
-  BlockAddress<S::kHeadDim, true> columns;  // of a tile of Q or dout, transposed
-  BlockAddress<S::kHeadDim, false> rows;
+  BlockAddress<S::kHeadDim, true, typename S::Layout> columns;  // of a tile of Q or dout, transposed
+  BlockAddress<S::kHeadDim, false, typename S::Layout> rows;
   char* s_hand_over;  // this lane's quads of p
   float c;            // scale * log2(e)
 
@@ -178,14 +179,14 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   const Warp<S> w(s_dynamic, float(a.scale));
   const int warp_j0 = j0 + w.pair * S::kPairKeys;
   const uint32_t s_tiles = ptx::shared_address(s_dynamic);
-  using Loader = TileLoader<T, S::kHeadDim, kThreads>;
+  using Loader = TileLoader<T, S::kHeadDim, kThreads, typename S::Layout>;
   Kept<S> kept;
   {
     const Loader load_k(static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2], a.k_stride[1], D,
                         threadIdx.x);
     const Loader load_v(static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2], a.v_stride[1], D,
                         threadIdx.x);
-    load_k.template zero_columns<S::kTilesBytes / S::kHeadDim / 2>(s_tiles);
+    load_k.template zero_columns<S::kTilesBytes / S::Layout::kRowBytes>(s_tiles);
     load_k.template load<S::kKeys>(s_tiles, j0, s.S);
     load_v.template load<S::kKeys>(s_tiles + S::kKeyTileBytes, j0, s.S);
     ptx::cp_async_commit();
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
       reinterpret_cast<float*>(s_dynamic + S::kZeros)[at] = 0;
     ptx::cp_async_wait<0>();
     __syncthreads();  // K and V are there
-    const uint32_t mine = w.role * S::kKeyTileBytes + w.pair * S::kPairKeys * S::kHeadDim * 2;
+    const uint32_t mine = w.role * S::kKeyTileBytes + w.pair * S::kPairKeys * S::Layout::kRowBytes;
 #pragma unroll
     for (int m = 0; m < S::kKeyBlocks; m++)
 #pragma unroll
@@ -269,12 +270,12 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   for (int m = 0; m < S::kKeyBlocks; m++)
 #pragma unroll
     for (int d = 0; d < S::kColumns; d++)
-      put_block<T, S::kHeadDim>(s_mine, w.pair * S::kPairKeys + m * 16, d, sums[m][d], scale);
+      put_block<T, typename S::Layout>(s_mine, w.pair * S::kPairKeys + m * 16, d, sums[m][d], scale);
   __syncthreads();  // dv and dk are there
   const int64_t stride = int64_t(Hkv) * D, at = (s.k_row + j0) * stride + int64_t(kv) * D;
-  store_tile<T, S::kHeadDim, S::kKeys, kThreads>(static_cast<T*>(g.dv) + at, stride, s_dynamic,
+  store_tile<T, typename S::Layout, S::kKeys, kThreads>(static_cast<T*>(g.dv) + at, stride, s_dynamic,
                                                  s.S - j0, D);
-  store_tile<T, S::kHeadDim, S::kKeys, kThreads>(static_cast<T*>(g.dk) + at, stride,
+  store_tile<T, typename S::Layout, S::kKeys, kThreads>(static_cast<T*>(g.dk) + at, stride,
                                                  s_dynamic + S::kKeyTileBytes, s.S - j0, D);
 }
 

@@ -17,6 +17,7 @@ constexpr int kWarps = 8, kThreads = kWarps * 32;
 template <class T_, int kHeadDim_, int kShare_, int kRowBlocks_, int kKeys_, int kBlocks_>
 struct Shape {
   using T = T_;
+  using Layout = Padded<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_, kShare = kShare_, kRowBlocks = kRowBlocks_;
   static constexpr int kKeys = kKeys_, kBlocks = kBlocks_;
   static constexpr int kColumns = kHeadDim / 16, kOwnColumns = kColumns / kShare;
@@ -25,8 +26,8 @@ struct Shape {
   static constexpr int kRows = kTeams * kTeamRows;
   // Shared memory: two stages of (K, V), at first Q and dout and at last dq; then two of ds on its
   // way; then, of each query, what is added to its dweights and scores.
-  static constexpr int kTileBytes = kKeys * kHeadDim * 2, kStageBytes = 2 * kTileBytes;
-  static constexpr int kRowTileBytes = kRows * kHeadDim * 2;
+  static constexpr int kTileBytes = kKeys * Layout::kRowBytes, kStageBytes = 2 * kTileBytes;
+  static constexpr int kRowTileBytes = kRows * Layout::kRowBytes;
   static constexpr int kTilesBytes = 2 * (kStageBytes > kRowTileBytes ? kStageBytes : kRowTileBytes);
   static constexpr int kHandOverBytes = kShare > 1 ? kWarps * kRowBlocks * 32 * 16 : 0;
   static constexpr int kHandOver = kTilesBytes, kStarts = kHandOver + 2 * kHandOverBytes;
@@ -40,8 +41,8 @@ template <class S> using Kept = uint32_t[S::kRowBlocks][S::kColumns][4];
 // A warp's place and what it reads.
 template <class S> struct Warp {
   int team, part;  // of the kShare warps of a team
-  BlockAddress<S::kHeadDim, true> columns;  // of a tile of K or V, transposed
-  BlockAddress<S::kHeadDim, false> rows;
+  BlockAddress<S::kHeadDim, true, typename S::Layout> columns;  // of a tile of K or V, transposed
+  BlockAddress<S::kHeadDim, false, typename S::Layout> rows;
   float c;  // scale * log2(e)
 
   __device__ Warp(uint32_t s_tiles, float scale)
@@ -60,7 +61,7 @@ __device__ void add_tile(Sums<S>& sums, const Kept<S>& q, const Kept<S>& dout, c
   using T = typename S::T;
   const int lane = threadIdx.x % 32;
   const uint32_t k_at = stage * S::kStageBytes, v_at = k_at + S::kTileBytes;
-  const uint32_t own_keys = w.part * 16 * S::kHeadDim * 2;
+  const uint32_t own_keys = w.part * 16 * S::Layout::kRowBytes;
   const char* s_starts = s_dynamic + S::kStarts + (w.team * S::kTeamRows / 2 + lane / 4) * 16;
   const char* s_lse = s_dynamic + S::kLse + (w.team * S::kTeamRows / 2 + lane / 4) * 8;
 #pragma unroll 1
@@ -140,7 +141,7 @@ __device__ void add_tile(Sums<S>& sums, const Kept<S>& q, const Kept<S>& dout, c
     const uint32_t own_columns = w.part * S::kOwnColumns * 32;
 #pragma unroll
     for (int of = 0; of < S::kShare; of++) {  // own keys, then the other warp's
-      const uint32_t keys = (of ? 1 - w.part : w.part) * 16 * S::kHeadDim * 2;
+      const uint32_t keys = (of ? 1 - w.part : w.part) * 16 * S::Layout::kRowBytes;
 #pragma unroll
       for (int d = 0; d < S::kOwnColumns; d++) {
         uint32_t r_k[4];
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   const uint32_t s_tiles = ptx::shared_address(s_dynamic);
   const Warp<S> w(s_tiles, float(a.scale));
   const int warp_i0 = i0 + w.team * S::kTeamRows;
-  using Loader = TileLoader<T, S::kHeadDim, kThreads>;
+  using Loader = TileLoader<T, S::kHeadDim, kThreads, typename S::Layout>;
   Kept<S> q, dout;
   {
     const Loader load_q(static_cast<const T*>(a.q) + s.q_at + h * a.q_stride[2], a.q_stride[1], D,
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
     const Loader load_dout(static_cast<const T*>(g.dout) + dout_at(g, s, seat.b) +
                                h * g.dout_stride[2],
                            g.dout_stride[1], D, threadIdx.x);
-    load_q.template zero_columns<S::kTilesBytes / S::kHeadDim / 2>(s_tiles);
+    load_q.template zero_columns<S::kTilesBytes / S::Layout::kRowBytes>(s_tiles);
     load_q.template load<S::kRows>(s_tiles, i0, s.T);
     load_dout.template load<S::kRows>(s_tiles + S::kRowTileBytes, i0, s.T);
     ptx::cp_async_commit();
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // Q and dout are there
-    const uint32_t mine = w.team * S::kTeamRows * S::kHeadDim * 2;
+    const uint32_t mine = w.team * S::kTeamRows * S::Layout::kRowBytes;
 #pragma unroll
     for (int m = 0; m < S::kRowBlocks; m++)
 #pragma unroll
@@ -213,12 +214,13 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
     __syncthreads();  // and read, so that K and V may take their place
   }
 
-  const T* g_k = static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2];
-  const T* g_v = static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2];
+  const T* g_k = uniform(static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2]);
+  const T* g_v = uniform(static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2]);
   const TileRange tiles = uniform(key_tiles<S::kKeys>(s, i0, min(i0 + S::kRows, s.T)));
   const auto prefetch = [&](int tile, int stage) {
-    const Loader load_k(g_k, a.k_stride[1], D, ptx::thread_index());
-    const Loader load_v(g_v, a.v_stride[1], D, ptx::thread_index());
+    const int thread = ptx::thread_index();
+    const Loader load_k(g_k, a.k_stride[1], D, thread);
+    const Loader load_v(g_v, a.v_stride[1], D, thread);
     const uint32_t s_stage = s_tiles + stage * S::kStageBytes;
     load_k.template load<S::kKeys>(s_stage, tile * S::kKeys, s.S);
     load_v.template load<S::kKeys>(s_stage + S::kTileBytes, tile * S::kKeys, s.S);
@@ -241,13 +243,13 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   for (int m = 0; m < S::kRowBlocks; m++)
 #pragma unroll
     for (int d = 0; d < S::kOwnColumns; d++)
-      put_block<T, S::kHeadDim>(s_dynamic, w.team * S::kTeamRows + m * 16,
+      put_block<T, typename S::Layout>(s_dynamic, w.team * S::kTeamRows + m * 16,
                                 w.part * S::kOwnColumns + d, sums[m][d], float(a.scale));
   __syncthreads();  // dq is there
   const int64_t stride = int64_t(H) * D;
-  store_tile<T, S::kHeadDim, S::kRows, kThreads>(
-      static_cast<T*>(g.dq) + (Sequence(a, seat.b).q_row + i0) * stride + int64_t(h) * D, stride,
-      s_dynamic, s.T - i0, D);
+  store_tile<T, typename S::Layout, S::kRows, kThreads>(
+      static_cast<T*>(g.dq) + (s.q_row + i0) * stride + int64_t(h) * D, stride, s_dynamic, s.T - i0,
+      D);
 }
 
 template <class S> Status launch(const AttentionGrads& g, cudaStream_t stream) {

@@ -37,6 +37,7 @@ extern "C" __attribute__((visibility("default"))) const Kernels* lx_cuda_kernels
     k.rmsnorm_bwd_parts = lx::rmsnorm_bwd_parts;
     k.attention_bwd = lx::attention_bwd;
     k.attention_fwd = lx::attention_fwd;
+    k.attention_fwd_parts = lx::attention_fwd_parts;
     return k;
   }();
   return &table;

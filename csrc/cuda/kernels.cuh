@@ -14,6 +14,7 @@ int64_t rmsnorm_bwd_parts(int64_t rows);
 Status attention_bwd(void* dq, void* dk, void* dv, void* delta, const void* dout,
                      const int64_t dout_stride[3], const void* o, const void* lse,
                      const void* dlse, const Attention* a, Stream stream);
-Status attention_fwd(void* o, void* lse, const Attention* a, Stream stream);
+Status attention_fwd(void* o, void* lse, void* partial, const Attention* a, Stream stream);
+int64_t attention_fwd_parts(const Attention* a);
 
 }  // namespace lx

@@ -34,6 +34,19 @@ __device__ inline int thread_index() {
   return index;
 }
 
+// p itself, of which the compiler forgets how it was made. For pointers that advance in a loop: it
+// would keep one register pair for every constant distance from them instead of adding.
+__device__ inline const char* opaque(const char* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
+// v itself, likewise: what a loop makes of it is made anew each time, not kept in registers.
+__device__ inline int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // The address of shared memory as the instructions below take it.
 __device__ inline uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));

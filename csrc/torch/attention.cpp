@@ -93,8 +93,12 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double sc
   const Backend backend = kernels_for(kOp, "q", q);
   const Inputs in(q, k, v, scale, causal, window, cu_q, cu_k);
   Tensor o = new_like(q), lse = in.new_lse();
-  if (lse.numel())
-    backend.run(&Kernels::attention_fwd, o.mutable_data_ptr(), lse.mutable_data_ptr(), &in.a);
+  if (lse.numel() == 0) return {o, lse};
+  const int64_t parts = backend.get(&Kernels::attention_fwd_parts)(&in.a);
+  Tensor partial = none(lse);
+  if (parts > 1) partial = new_tensor({parts, lse.numel(), in.a.D + 1}, acc_dtype(q), q);
+  backend.run(&Kernels::attention_fwd, o.mutable_data_ptr(), lse.mutable_data_ptr(),
+              parts > 1 ? partial.mutable_data_ptr() : nullptr, &in.a);
   return {o, lse};
 }
 
