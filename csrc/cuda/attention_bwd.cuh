@@ -65,7 +65,7 @@ __device__ inline Seat seat_of(const Grid::Place& p, const int32_t* cu, int64_t 
   return {p.head / heads, descending ? seats - 1 - p.seat : p.seat};
 }
 
-// The same in every lane, known to the compiler, which then keeps it apart from the lanes' registers.
+// The same in every lane, known to the compiler, which then keeps it apart from lanes' registers.
 template <class T> __device__ const T* uniform(const T* p) {
   return reinterpret_cast<const T*>(
       __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(p), 0));

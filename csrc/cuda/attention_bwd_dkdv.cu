@@ -28,7 +28,7 @@ template <class T_, int kHeadDim_, int kKeyBlocks_, int kQueries_, int kBlocks_>
   // way; then, of each query, what is added to its scores and dweights.
   static constexpr int kTileBytes = kQueries * Layout::kRowBytes, kStageBytes = 2 * kTileBytes;
   static constexpr int kKeyTileBytes = kKeys * Layout::kRowBytes;
-  static constexpr int kTilesBytes = 2 * (kStageBytes > kKeyTileBytes ? kStageBytes : kKeyTileBytes);
+  static constexpr int kTilesBytes = 2 * std::max(kStageBytes, kKeyTileBytes);
   static constexpr int kHandOverBytes = kKeyBlocks * 2 * 32 * kQuadBytes;  // of a pair
   static constexpr int kRowsBytes = kQueries * 12;                         // of a stage
   static constexpr int kHandOver = kTilesBytes, kZeros = kHandOver + kPairs * kHandOverBytes;
@@ -42,7 +42,7 @@ template <class S> using Kept = uint32_t[S::kKeyBlocks][S::kColumns][4];
 // A warp's place and what it reads.
 template <class S> struct Warp {
   int pair, role;  // role 0: K, p and dv; 1: V, ds and dk
-  BlockAddress<S::kHeadDim, true, typename S::Layout> columns;  // of a tile of Q or dout, transposed
+  BlockAddress<S::kHeadDim, true, typename S::Layout> columns;  // of Q or dout, transposed
   BlockAddress<S::kHeadDim, false, typename S::Layout> rows;
   char* s_hand_over;  // this lane's quads of p
   float c;            // scale * log2(e)
@@ -83,7 +83,8 @@ __device__ void add_tile(Sums<S>& sums, const Kept<S>& kept, const Warp<S>& w, c
     float start[2][4], x[S::kKeyBlocks][2][4];
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-      const float4 quad = *reinterpret_cast<const float4*>(s_start + (step * 8 + n * 4) * kQuadBytes);
+      const float4 quad =
+          *reinterpret_cast<const float4*>(s_start + (step * 8 + n * 4) * kQuadBytes);
       start[n][0] = quad.x, start[n][1] = quad.y, start[n][2] = quad.z, start[n][3] = quad.w;
     }
 #pragma unroll
@@ -166,6 +167,7 @@ template <class S>
 __global__ void __launch_bounds__(kThreads, S::kBlocks)
     attention_bwd_dkdv_kernel(const __grid_constant__ AttentionGrads g, Grid grid) {
   using T = typename S::T;
+  using Layout = typename S::Layout;
   extern __shared__ __align__(1024) char s_dynamic[];
   const Attention& a = g.a;
   const int Hkv = int(a.Hkv), D = int(a.D), group = int(a.H) / Hkv;
@@ -179,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   const Warp<S> w(s_dynamic, float(a.scale));
   const int warp_j0 = j0 + w.pair * S::kPairKeys;
   const uint32_t s_tiles = ptx::shared_address(s_dynamic);
-  using Loader = TileLoader<T, S::kHeadDim, kThreads, typename S::Layout>;
+  using Loader = TileLoader<T, S::kHeadDim, kThreads, Layout>;
   Kept<S> kept;
   {
     const Loader load_k(static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2], a.k_stride[1], D,
@@ -270,13 +272,13 @@ __global__ void __launch_bounds__(kThreads, S::kBlocks)
   for (int m = 0; m < S::kKeyBlocks; m++)
 #pragma unroll
     for (int d = 0; d < S::kColumns; d++)
-      put_block<T, typename S::Layout>(s_mine, w.pair * S::kPairKeys + m * 16, d, sums[m][d], scale);
+      put_block<T, Layout>(s_mine, w.pair * S::kPairKeys + m * 16, d, sums[m][d], scale);
   __syncthreads();  // dv and dk are there
   const int64_t stride = int64_t(Hkv) * D, at = (s.k_row + j0) * stride + int64_t(kv) * D;
-  store_tile<T, typename S::Layout, S::kKeys, kThreads>(static_cast<T*>(g.dv) + at, stride, s_dynamic,
-                                                 s.S - j0, D);
-  store_tile<T, typename S::Layout, S::kKeys, kThreads>(static_cast<T*>(g.dk) + at, stride,
-                                                 s_dynamic + S::kKeyTileBytes, s.S - j0, D);
+  store_tile<T, Layout, S::kKeys, kThreads>(static_cast<T*>(g.dv) + at, stride, s_dynamic,
+                                            s.S - j0, D);
+  store_tile<T, Layout, S::kKeys, kThreads>(static_cast<T*>(g.dk) + at, stride,
+                                            s_dynamic + S::kKeyTileBytes, s.S - j0, D);
 }
 
 template <class S> Status launch(const AttentionGrads& g, cudaStream_t stream) {

@@ -1,10 +1,10 @@
-// Attention backward on tensor cores, for bf16 and fp16: dq. Formulas in csrc/api.h; letters and what
-// is seen in attention.cuh.
+// Attention backward on tensor cores, for bf16 and fp16: dq. Formulas in csrc/api.h; letters and
+// what is seen in attention.cuh.
 //
-// A warp keeps Q and dout of 16 * kRowBlocks queries in registers, so that a block of K or V that it
-// reads from shared memory serves all of them. Where there is no room beside them for dq of these
-// queries (head dims over 64), two warps share them (kShare): each makes ds for every other block
-// of 16 keys, hands it to the other, and keeps one half of dq's columns.
+// A warp keeps Q and dout of 16 * kRowBlocks queries in registers, so that a block of K or V that
+// it reads from shared memory serves all of them. Where there is no room beside them for dq of
+// these queries (head dims over 64), two warps share them (kShare): each makes ds for every other
+// block of 16 keys, hands it to the other, and keeps one half of dq's columns.
 #include "attention_bwd.cuh"
 
 namespace lx {
@@ -28,7 +28,7 @@ struct Shape {
   // way; then, of each query, what is added to its dweights and scores.
   static constexpr int kTileBytes = kKeys * Layout::kRowBytes, kStageBytes = 2 * kTileBytes;
   static constexpr int kRowTileBytes = kRows * Layout::kRowBytes;
-  static constexpr int kTilesBytes = 2 * (kStageBytes > kRowTileBytes ? kStageBytes : kRowTileBytes);
+  static constexpr int kTilesBytes = 2 * std::max(kStageBytes, kRowTileBytes);
   static constexpr int kHandOverBytes = kShare > 1 ? kWarps * kRowBlocks * 32 * 16 : 0;
   static constexpr int kHandOver = kTilesBytes, kStarts = kHandOver + 2 * kHandOverBytes;
   static constexpr int kLse = kStarts + kRows * 8, kSharedBytes = kLse + kRows * 4;

@@ -39,7 +39,8 @@ __device__ void load_slice(A* s_slice, const Matrix<T>& m, int first, int64_t d0
   }
 }
 
-// sum over D of x[i0 + ty + 16 i] * y[j0 + tx + 16 j].
+// sum over D of x[i0 + ty + 16 i] * y[j0 + tx + 16 j], each slice by itself first: shorter chains
+// of additions are more exact.
 template <class T, class A = Acc<T>>
 __device__ void products(A (&r_sum)[kPer][kPer], const Matrix<T>& x, int i0, const Matrix<T>& y,
                          int j0, int64_t D, A* s_x, A* s_y) {
@@ -52,21 +53,24 @@ __device__ void products(A (&r_sum)[kPer][kPer], const Matrix<T>& x, int i0, con
     load_slice(s_x, x, i0, d0, D);
     load_slice(s_y, y, j0, d0, D);
     __syncthreads();  // the new ones are there
+    A r_slice[kPer][kPer] = {};
 #pragma unroll 4
     for (int d = 0; d < Z::kSlice; d++) {
       A r_x[kPer], r_y[kPer];
       for (int i = 0; i < kPer; i++) r_x[i] = s_x[(ty + kSide * i) * Z::kLd + d];
       for (int j = 0; j < kPer; j++) r_y[j] = s_y[(tx + kSide * j) * Z::kLd + d];
       for (int i = 0; i < kPer; i++)
-        for (int j = 0; j < kPer; j++) r_sum[i][j] += r_x[i] * r_y[j];
+        for (int j = 0; j < kPer; j++) r_slice[i][j] += r_x[i] * r_y[j];
     }
+    for (int i = 0; i < kPer; i++)
+      for (int j = 0; j < kPer; j++) r_sum[i][j] += r_slice[i][j];
   }
 }
 
 template <class A> using Gradient = A[Sizes<A>::kSlices][kPer][Sizes<A>::kPerSlice];
 
 // r_grad[row] += sum over the tile of weights[k][row] * m[first + k], in columns from `column` on.
-// The tile is summed by itself first: shorter chains of additions are more exact.
+// The tile is summed by itself first.
 template <class T, class A = Acc<T>>
 __device__ void accumulate(Gradient<A>& r_grad, const A* s_weights, const Matrix<T>& m, int first,
                            int64_t column, int64_t D, A* s_slice) {
