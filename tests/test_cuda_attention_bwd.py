@@ -3,6 +3,7 @@ tiles and options, called directly, with o and lse from the formula; their traff
 on the virtual A100."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -448,7 +449,7 @@ def test_machine_code(vgpu, summary):
     totals = {}
     for part, products in (("_dkdv", 4), ("_dq", 3)):
         for name, code in sass.kernels(objects[part]).items():
-            D = next(d for d in (64, 128, 256) if f"Li{d}E" in name)
+            D = int(re.search(r"Li(\d+)E", name)[1])
             if D == 256:
                 continue
             loop = per_warp(code)

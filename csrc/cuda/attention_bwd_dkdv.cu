@@ -72,7 +72,7 @@ __device__ void add_tile(Sums<S>& sums, const Kept<S>& kept, const Warp<S>& w, c
   const char* s_start = (w.role ? s_rows + S::kQueries * 4 : s_dynamic + S::kZeros) +
                         lane % 4 * kQuadBytes;
   const char* s_lse = s_rows + lane % 4 * 8;
-#pragma unroll 1
+#pragma unroll 1  // unrolled, it asks for more registers than there are
   for (int step = 0; step < S::kSteps; step++) {
     const int i = i0 + step * 16;
     if constexpr (kMasked) {
@@ -160,9 +160,9 @@ __device__ void add_tile(Sums<S>& sums, const Kept<S>& kept, const Warp<S>& w, c
 // quarter of the keys, and all tiles of queries that see any of them, head by head. Dynamic shared
 // memory: Shape. Preconditions: rows are aligned to 16 bytes, D % 8 == 0, D <= kHeadDim; delta.
 //
-// Barriers: 0 for the block, once a tile; two for each pair, on which neither warp waits unless the
-// other is a whole step behind. Loads in flight: the next tile of Q and dout, while this one is
-// multiplied.
+// Barriers: 0 for the block, once a tile; two for each pair, by which the second warp waits for p,
+// and the first one only where its p of the step before has not been read. Loads in flight: the
+// next tile of Q and dout, while this one is multiplied.
 template <class S>
 __global__ void __launch_bounds__(kThreads, S::kBlocks)
     attention_bwd_dkdv_kernel(const __grid_constant__ AttentionGrads g, Grid grid) {
@@ -287,12 +287,10 @@ template <class S> Status launch(const AttentionGrads& g, cudaStream_t stream) {
   const int64_t seats = tile_seats(a.cu_k, a.cu_k ? a.B : 1, a.S, S::kKeys);
   const int64_t read = a.T / (a.cu_q ? a.B : 1) * (a.H / a.Hkv) * a.D * 2 * sizeof(typename S::T);
   if (make_grid(grid, (a.cu_k ? 1 : a.B) * a.Hkv, seats, read) != kOk) return kUnsupported;
-  static const cudaError_t ready =
-      cudaFuncSetAttribute(attention_bwd_dkdv_kernel<S>,
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
-  if (ready == cudaSuccess)
-    attention_bwd_dkdv_kernel<S>
-        <<<unsigned(grid.blocks()), kThreads, S::kSharedBytes, stream>>>(g, grid);
+  const auto kernel = attention_bwd_dkdv_kernel<S>;
+  // Of the current device, each time: a process may have several. A refusal shows at the launch.
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+  kernel<<<unsigned(grid.blocks()), kThreads, S::kSharedBytes, stream>>>(g, grid);
   return launch_status();
 }
 

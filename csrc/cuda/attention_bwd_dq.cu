@@ -64,7 +64,7 @@ __device__ void add_tile(Sums<S>& sums, const Kept<S>& q, const Kept<S>& dout, c
   const uint32_t own_keys = w.part * 16 * S::Layout::kRowBytes;
   const char* s_starts = s_dynamic + S::kStarts + (w.team * S::kTeamRows / 2 + lane / 4) * 16;
   const char* s_lse = s_dynamic + S::kLse + (w.team * S::kTeamRows / 2 + lane / 4) * 8;
-#pragma unroll 1
+#pragma unroll 1  // unrolled, it asks for more registers than there are
   for (int step = 0; step < S::kSteps; step++) {
     const int j = j0 + step * S::kStepKeys;
     if constexpr (kMasked) {
@@ -258,12 +258,10 @@ template <class S> Status launch(const AttentionGrads& g, cudaStream_t stream) {
   const int64_t seats = tile_seats(a.cu_q, a.cu_q ? a.B : 1, a.T, S::kRows);
   const int64_t read = a.S / (a.cu_q ? a.B : 1) * a.Hkv * a.D * 4 / a.H;  // of a group's share
   if (make_grid(grid, (a.cu_q ? 1 : a.B) * a.H, seats, read) != kOk) return kUnsupported;
-  static const cudaError_t ready =
-      cudaFuncSetAttribute(attention_bwd_dq_kernel<S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           S::kSharedBytes);
-  if (ready == cudaSuccess)
-    attention_bwd_dq_kernel<S>
-        <<<unsigned(grid.blocks()), kThreads, S::kSharedBytes, stream>>>(g, grid);
+  const auto kernel = attention_bwd_dq_kernel<S>;
+  // Of the current device, each time: a process may have several. A refusal shows at the launch.
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+  kernel<<<unsigned(grid.blocks()), kThreads, S::kSharedBytes, stream>>>(g, grid);
   return launch_status();
 }
 
