@@ -117,8 +117,10 @@ def test_sizes(D, T, mask):
     for i, S in enumerate(SIZES[first::3]):
         H, Hkv = ((2, 1), (1, 1), (3, 1), (4, 2))[(T + i) % 4]
         # One key has the weight 1 whatever its score: without dlse only rounding is left.
-        # And few weights are few roundings, that may lean one way: more batches.
-        B = 48 if min(T, S) == 1 else 1 + (T + S) % 2
+        # And few weights are few roundings, that may lean one way: more heads and batches.
+        B = 1 + (T + S) % 2
+        if min(T, S) == 1:
+            B, H, Hkv = 48, 8, 4
         check(*inputs(B, T, S, H, Hkv, D, HALF[(T + S + D // 64) % 2]), dlse=S == 1 or i == 0,
               **MASKS[mask])
 
