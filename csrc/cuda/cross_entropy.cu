@@ -32,8 +32,8 @@ template <int kN> struct Split {
   int before, vecs, V;
   template <class T> __device__ Split(const T* p, int V) : V(V) {
     const int past = kN == 1 ? 0 : int(reinterpret_cast<uintptr_t>(p) / sizeof(T) % kN);
-    before = min(V, (kN - past) % kN);
-    vecs = (V - before) / kN;
+    before = (kN - past) % kN;  // or more than V: then all is rest
+    vecs = V < before ? 0 : (V - before) / kN;
   }
   __device__ int vec(int v) const { return before + v * kN; }  // where vector v begins
   __device__ int rest() const { return V - vecs * kN; }        // fewer than 2 kN

@@ -43,6 +43,7 @@ extern "C" __attribute__((visibility("default"))) const Kernels* lx_cuda_kernels
     k.cross_entropy_bwd = lx::cross_entropy_bwd;
     k.attention_fwd = lx::attention_fwd;
     k.attention_fwd_parts = lx::attention_fwd_parts;
+    k.attention_bwd = lx::attention_bwd;
     return k;
   }();
   return &table;

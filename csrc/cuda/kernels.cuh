@@ -11,6 +11,9 @@ Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows 
                    const void* dh, Rows dh_rows, const void* h, Rows h_rows, const void* weight,
                    const void* rstd, int64_t D, DType dtype, DType weight_dtype, Stream stream);
 int64_t rmsnorm_bwd_parts(int64_t rows);
+Status attention_bwd(void* dq, void* dk, void* dv, void* delta, const void* dout,
+                     const int64_t dout_stride[3], const void* o, const void* lse,
+                     const void* dlse, const Attention* a, Stream stream);
 Status attention_fwd(void* o, void* lse, void* partial, const Attention* a, Stream stream);
 int64_t attention_fwd_parts(const Attention* a);
 

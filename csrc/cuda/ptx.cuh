@@ -22,6 +22,18 @@ __device__ inline void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Announces at barrier `id` that this warp's accesses of memory are done; does not wait.
+__device__ inline void bar_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// threadIdx.x, read anew at every call, so that nothing derived from it stays in registers between.
+__device__ inline int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // p itself, of which the compiler forgets how it was made. For pointers that advance in a loop: it
 // would keep one register pair for every constant distance from them instead of adding.
 __device__ inline const char* opaque(const char* p) {

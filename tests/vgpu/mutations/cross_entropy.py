@@ -43,7 +43,6 @@ FAULTS = [
     ("misalignment of the wrong sign", CU, "(kN - past) % kN", "past % kN"),
     ("misalignment in bytes", CU, "reinterpret_cast<uintptr_t>(p) / sizeof(T) % kN",
      "reinterpret_cast<uintptr_t>(p) % kN"),
-    ("short rows that begin late", CU, "min(V, (kN - past) % kN)", "(kN - past) % kN"),
     # the loss
     ("logit of the next column", CU, "to_acc(logits[column])", "to_acc(logits[(column + 1) % V])"),
     ("label smoothing without the target's share", CU, "label_smoothing * (at_target - sum / V)",
