@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const A* s_rows = s_q + warp * kWarpRows * width;
 
   const A scale = A(a.scale), none = -A(INFINITY);
-  A out[kWarpRows][kLaneColumns] = {}, sum[kWarpRows] = {}, top[kWarpRows];
+  A out[kWarpRows][kLaneColumns] = {}, top[kWarpRows];
+  double sum[kWarpRows] = {};  // the backward makes every weight anew from lse: it is to be exact
   for (int r = 0; r < kWarpRows; r++) top[r] = none;
 
   const TileRange tiles = key_tiles<kKeys>(s, i0, min(i0 + kRows, s.T));
@@ -94,15 +95,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   for (int r = 0; r < kWarpRows; r++) {
     const int i = warp_i0 + r;
-    const A total = warp_sum(sum[r]);
+    const double total = warp_sum(sum[r]);
     if (i >= s.T) continue;
-    const A inverse = s.end_key(i) <= s.first_key(i) ? A(0) : 1 / total;
+    const A inverse = s.end_key(i) <= s.first_key(i) ? A(0) : A(1 / total);
     T* row = o + ((s.q_row + i) * a.H + h) * D;
     for (int n = 0; n < kLaneColumns; n++)
       if (column + n * 32 < D) row[column + n * 32] = round_to<T>(out[r][n] * inverse);
     if (lane == 0 && blockIdx.y == 0)
-      lse[s.lse_at + h * s.lse_stride + i] = fabs(top[r]) == A(INFINITY) ? top[r]
-                                                                         : top[r] + log(total);
+      lse[s.lse_at + h * s.lse_stride + i] =
+          fabs(top[r]) == A(INFINITY) ? top[r] : A(top[r] + log(total));
   }
 }
 
