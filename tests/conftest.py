@@ -40,6 +40,17 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.fixture
+def vgpu(pytestconfig):
+    """vgpu.library with an empty log, for a test that counts what the virtual A100 does."""
+    if pytestconfig.getoption("backend") != "vgpu":
+        pytest.skip("counts what the virtual A100 does")
+    import vgpu.library
+
+    vgpu.library.take_log()
+    return vgpu.library
+
+
 SUMMARY = pytest.StashKey[list]()
 
 

@@ -4,6 +4,8 @@
 """
 
 import argparse
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -16,30 +18,33 @@ TRANSFER = {"LDSM.16.M88.4": 512, "LDSM.16.MT88.4": 512, "LDSM.16.M88.2": 256,
             "LDSM.16.MT88.2": 256, "STS.128": 512, "STS.64": 256, "STS": 128}
 
 
-def tool(name):
-    """cuobjdump or nvdisasm: of the toolkit, or of Triton's wheel."""
-    if found := shutil.which(name):
-        return found
-    import triton
+def cuobjdump():
+    """The tool: that on PATH, else that of the package triton; None without."""
+    found = importlib.util.find_spec("triton")
+    places = list(found.submodule_search_locations) if found else []
+    return shutil.which("cuobjdump") or next(
+        (tool for place in places
+         if os.access(tool := f"{place}/backends/nvidia/bin/cuobjdump", os.X_OK)), None)
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
-
-def _run(*command):
-    return subprocess.run([tool(command[0]), *map(str, command[1:])], check=True, text=True,
+def dump(*arguments):
+    """What cuobjdump says."""
+    done = subprocess.run([cuobjdump(), *map(str, arguments)], check=True, text=True,
                           capture_output=True)
+    return done.stdout + done.stderr
 
 
 def resources(objects):
-    """{kernel: (registers, stack bytes)}; local memory of a kernel lies in its stack."""
-    done = _run("cuobjdump", "-res-usage", objects)
-    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) ", done.stdout + done.stderr)
-    return {name: (int(registers), int(stack)) for name, registers, stack in found}
+    """{kernel: {"registers", "stack", "shared" (static), "local"}}, memory in bytes."""
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+                       dump("-res-usage", objects))
+    return {name: dict(zip(("registers", "stack", "shared", "local"), map(int, numbers)))
+            for name, *numbers in found}
 
 
 def kernels(objects, arch="sm_80"):
     """{kernel: [(address, opcode with suffixes, target of a branch or None)]}"""
-    text = _run("cuobjdump", "-sass", "-arch", arch, objects).stdout
+    text = dump("-sass", "-arch", arch, objects)
     found = {}
     for part in re.split(r"Function : ", text)[1:]:
         code = []
@@ -113,8 +118,8 @@ def main():
         loop = args.kernel in name and hot_loop(code)
         if not loop:
             continue
-        registers, stack = usage.get(name, ("?", "?"))
-        print(f"{name}\n  {registers} registers, {stack} bytes of stack, per iteration: "
+        use = usage[name]
+        print(f"{name}\n  {use['registers']} registers, {use['stack']} bytes of stack, per iteration: "
               + ", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
                           for key, value in loop.items() if key != "opcodes"))
         if args.opcodes:

@@ -13,7 +13,7 @@ import torch
 import compare
 import llama_ext as lx
 import sass
-from harness import DTYPES, randn
+from harness import DTYPES, randn, shifted
 
 HALVES = [torch.bfloat16, torch.float16]
 MASKS = {"causal": {}, "full": {"causal": False}, "causal window": {"window": 70},
@@ -68,13 +68,6 @@ def test_views_of_a_fused_projection(dtype):
     check(*randn(2, 2, 140, 64 * 3, dtype=dtype).transpose(1, 2).split(64, -1))
     q, k, v = inputs(2, 140, 140, 2, 2, 64, dtype)
     check(q, k[:1].expand_as(k), v[:, :, :1].expand_as(v))
-
-
-def shifted(t):
-    """t with the same values, one element past an aligned address."""
-    flat = torch.empty(t.numel() + 1, dtype=t.dtype)
-    flat[1:].copy_(t.flatten())
-    return flat[1:].view(t.shape)
 
 
 @pytest.mark.parametrize("T", [3, 70])
@@ -257,16 +250,6 @@ def test_tokens_that_lie_beyond_2_to_the_31_elements():
         check(q, *apart)
 
 
-@pytest.fixture
-def vgpu(pytestconfig):
-    if pytestconfig.getoption("backend") != "vgpu":
-        pytest.skip("counts what the virtual A100 does")
-    import vgpu.library
-
-    vgpu.library.take_log()
-    return vgpu.library
-
-
 @pytest.mark.parametrize("D", [64, 128])
 def test_traffic_and_tensor_work_against_the_ideal(vgpu, summary, D):
     B, T, H, Hkv = 1, 2048, 4, 2
@@ -301,7 +284,7 @@ def test_machine_code(vgpu, summary):
                for name in ("fwd", "decode", "scalar")]
     found = {name: use for path in objects for name, use in sass.resources(path).items()}
     assert len(found) == 6 + 6 + 2 + 4  # forward; decode, its merge; scalar
-    assert not [name for name, (_, stack) in found.items() if stack]
+    assert not [name for name, use in found.items() if use["stack"]]
     for name, code in sass.kernels(objects[0]).items():
         loop = sass.hot_loop(code)
         D = next(d for d in (64, 128, 256) if f"Li{d}E" in name)
@@ -314,5 +297,5 @@ def test_machine_code(vgpu, summary):
                 f"attention forward d{D} for sm_80, hot loop: {loop['HMMA']} HMMA, "
                 f"{loop['per HMMA']:.2f} instructions each (FlashAttention-2 "
                 f"{FLASH_ATTENTION_2[D][0]}); shared memory's time over the tensor cores' "
-                f"{loop['shared time']:.2f} ({FLASH_ATTENTION_2[D][1]}); {found[name][0]} "
+                f"{loop['shared time']:.2f} ({FLASH_ATTENTION_2[D][1]}); {found[name]['registers']} "
                 f"registers, no spill; {loop['rare']} more instructions where a tile is redone")

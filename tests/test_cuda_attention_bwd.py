@@ -8,7 +8,7 @@ import torch
 
 import compare
 import llama_ext as lx
-from harness import DTYPES, LAYOUTS, randn
+from harness import DTYPES, LAYOUTS, randn, shifted
 
 HALF = [torch.bfloat16, torch.float16]
 MASKS = {"causal": {}, "full": {"causal": False}, "causal window": {"window": 70},
@@ -203,13 +203,6 @@ def padded(x):
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 16), float("nan"), dtype=x.dtype)
     wide[..., 8:8 + x.shape[-1]] = x
     return wide[..., 8:8 + x.shape[-1]]
-
-
-def shifted(x):
-    """x with the same values, one element past an aligned address."""
-    flat = torch.empty(x.numel() + 8, dtype=x.dtype)
-    flat[1:1 + x.numel()].copy_(x.flatten())
-    return flat[1:1 + x.numel()].view(x.shape)
 
 
 def tail(x):

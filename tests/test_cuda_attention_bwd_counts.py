@@ -11,16 +11,6 @@ import sass
 from test_cuda_attention_bwd import backward, inputs
 
 
-@pytest.fixture
-def vgpu(pytestconfig):
-    if pytestconfig.getoption("backend") != "vgpu":
-        pytest.skip("counts what the virtual A100 does")
-    import vgpu.library
-
-    vgpu.library.take_log()
-    return vgpu.library
-
-
 def named(log, text):
     return next(launch for launch in log if text in launch["kernel"])
 
@@ -110,7 +100,7 @@ def test_machine_code(vgpu, summary):
                for name in ("", "_scalar", "_dkdv", "_dq")}
     found = {name: use for path in objects.values() for name, use in sass.resources(path).items()}
     assert len(found) == 8 + 8 + 6 + 6
-    assert not [name for name, (_, stack) in found.items() if stack]
+    assert not [name for name, use in found.items() if use["stack"]]
     totals = {}
     for part, products in (("_dkdv", 4), ("_dq", 3)):
         for name, code in sass.kernels(objects[part]).items():
@@ -126,7 +116,7 @@ def test_machine_code(vgpu, summary):
                     f"attention backward{part} d{D} for sm_80, hot loop: {loop['HMMA']:.0f} HMMA, "
                     f"{loop['per HMMA']:.2f} instructions each (FlashAttention-2 "
                     f"{FLASH_ATTENTION_2[D][0]}); shared memory's time over the tensor cores' "
-                    f"{loop['shared time']:.2f} ({FLASH_ATTENTION_2[D][1]}); {found[name][0]} "
+                    f"{loop['shared time']:.2f} ({FLASH_ATTENTION_2[D][1]}); {found[name]['registers']} "
                     f"registers, no spill")
     for D, (flash, _) in FLASH_ATTENTION_2.items():
         ours = 4 * totals["_dkdv", D] + 3 * totals["_dq", D]

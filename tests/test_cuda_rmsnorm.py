@@ -8,16 +8,6 @@ import llama_ext as lx
 from harness import DTYPES, check_op, cut, far_apart, randn, shifted
 
 
-@pytest.fixture
-def vgpu(pytestconfig):
-    if pytestconfig.getoption("backend") != "vgpu":
-        pytest.skip("counts what the virtual A100 does")
-    import vgpu.library
-
-    vgpu.library.take_log()
-    return vgpu.library
-
-
 def traffic(log, ideal_bytes):
     """Ratios to the ideal: bytes to and from memory, sectors per request, shared wavefronts."""
     def total(*keys):

@@ -87,17 +87,13 @@ def test_tokens_that_begin_beyond_2_to_the_31_elements(dtype):
     check(q.view(1, 2, 4, 16), k.view(1, 2, 2, 16))
 
 
-def test_queries_and_keys_take_one_launch_forward_and_one_backward(pytestconfig):
+def test_queries_and_keys_take_one_launch_forward_and_one_backward(vgpu):
     """As the attention layer calls it, on views of a fused projection, which are read in place."""
-    if pytestconfig.getoption("backend") != "vgpu":
-        pytest.skip("reads the virtual A100's log")
-    from vgpu import library
-
     q, k, _ = randn(2, 5, 3 * 4 * 16).requires_grad_().view(2, 5, 12, 16).chunk(3, 2)
-    library.take_log()
+    vgpu.take_log()
     q_out, k_out = lx.layers.RotaryEmbedding(16)(q, k)
     (q_out.sum() + k_out.sum()).backward()
-    log = library.take_log()
+    log = vgpu.take_log()
     assert [launch["kernel"].count("rope_kernel") for launch in log] == [1, 1]
     read = 2 * 2 * 5 * 4 * 16 * 4 + 2 * 5 * 8 * 4  # q and k, and cos and sin
     assert log[0]["global_unique_bytes_read"] == read

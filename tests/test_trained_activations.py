@@ -11,7 +11,7 @@ import llama_ext as lx
 from harness import check_op
 from llama_ext import layers, model
 
-OPS = {"rmsnorm": 0, "rmsnorm_residual": 0, "swiglu": 0, "rope": 0, "attention": 25,
+OPS = {"rmsnorm": 0, "rmsnorm_residual": 0, "swiglu": 0, "rope_qk": 0, "attention": 25,
        "linear_cross_entropy": 0}  # op -> further fp32 roundings: its largest scores
 
 
@@ -56,9 +56,10 @@ def test_op(calls, op, dtype):
             for a in args]
     if op == "linear_cross_entropy":
         kwargs = {**kwargs, "cotangent_layout": torch.ones_like}  # see test_linear_cross_entropy
-    if op == "rope":
-        args, (_, cos, sin, *options) = args[:1], args
-        fns = [lambda x, fn=fn: fn(x, cos, sin, *options) for fn in (lx.rope, lx.ref.rope)]
+    if op == "rope_qk":
+        args, (cos, sin, *options) = args[:2], args[2:]
+        fns = [lambda q, k, fn=fn: fn(q, k, cos, sin, *options)
+               for fn in (lx.rope_qk, lx.ref.rope_qk)]
     else:
         fns = [getattr(lx, op), getattr(lx.ref, op)]
     check_op(*fns, *args, dtype=dtype, fp32_roundings=3 + OPS[op], **kwargs)

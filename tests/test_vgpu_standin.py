@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import sass
+
 TESTS = Path(__file__).parent
 SHIPPED = TESTS.parent / "llama_ext" / "libllama_ext_cuda.so"
 
@@ -112,9 +114,9 @@ def ptx_of(library, tool, folder):
 
 
 def test_the_shipped_ptx_is_what_the_virtual_a100_runs(tmp_path):
-    from vgpu import library, machine_code
+    from vgpu import library
 
-    tool = machine_code.cuobjdump()
+    tool = sass.cuobjdump()
     if tool is None or not SHIPPED.exists():
         pytest.skip("no cuobjdump, on PATH or in the package triton" if SHIPPED.exists()
                     else "built without nvcc")

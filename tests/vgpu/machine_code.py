@@ -1,11 +1,9 @@
 """What ptxas made of the CUDA kernels for sm_80: registers, spills, instructions, loads in flight."""
 
 import functools
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
+
+import sass
 
 from . import library
 
@@ -14,34 +12,16 @@ REGISTERS, THREADS, BLOCKS, SHARED_BYTES = 65536, 2048, 32, 164 << 10
 BLOCK_SHARED_OVERHEAD = 1024  # bytes that the driver keeps of each block's shared memory
 
 
-def cuobjdump():
-    """The tool: that on PATH, else that of the package triton; None without."""
-    found = importlib.util.find_spec("triton")
-    places = list(found.submodule_search_locations) if found else []
-    return shutil.which("cuobjdump") or next(
-        (tool for place in places
-         if os.access(tool := f"{place}/backends/nvidia/bin/cuobjdump", os.X_OK)), None)
-
-
-def _dump(option, source):
-    done = subprocess.run([cuobjdump(), option, str(library.kernel_object(source))],
-                          capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
 @functools.cache
 def resources(source):
-    """{kernel: {"registers", "stack", "shared" (static), "local"}} of a CUDA file."""
-    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
-                       _dump("-res-usage", source))
-    return {name: dict(zip(("registers", "stack", "shared", "local"), map(int, numbers)))
-            for name, *numbers in found}
+    """sass.resources of a CUDA file."""
+    return sass.resources(library.kernel_object(source))
 
 
 @functools.cache
 def instructions(source):
     """{kernel: its instructions, as text without predicates} of a CUDA file."""
-    kernels = re.split(r"Function : ", _dump("-sass", source))[1:]
+    kernels = re.split(r"Function : ", sass.dump("-sass", library.kernel_object(source)))[1:]
     return {text.split()[0]: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*?)\s*;",
                                         text)
             for text in kernels}
