@@ -1,4 +1,4 @@
-"""A tiny Llama trains on the CUDA kernels; its losses are those of the CPU's."""
+"""A tiny Llama on the CUDA kernels: it trains with the losses of the CPU's, and generates."""
 
 import json
 import os
@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import compare
+import llama_ext as lx
 import tiny_training
+from llama_ext.generate import generate
 
 
 def on_the_cpu(*arguments):
@@ -34,3 +36,17 @@ def test_losses_are_those_of_the_cpu(pytestconfig, dtype, attention):
     true = on_the_cpu(dtype, torch.float64, attention)
     assert true[-1] < true[0]
     compare.check(got, true, base, dtype, "losses")
+
+
+def test_generation_takes_the_kernels_for_few_queries(vgpu):
+    """Token by token behind a cache, with the tokens that one pass over all of them finds best."""
+    torch.manual_seed(0)
+    model = lx.Llama(lx.LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=97,
+                                    multiple_of=32, max_seq_len=48)).bfloat16()
+    prompt = list(range(30))
+    new = generate(model, prompt, 6, temperature=0)
+    kernels = [launch["kernel"] for launch in vgpu.take_log()]
+    assert sum("decode_kernel" in kernel for kernel in kernels) == 2 * 5  # layers x later tokens
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + new[:-1]]))
+    assert logits[0, len(prompt) - 1:].argmax(-1).tolist() == new
