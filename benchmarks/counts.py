@@ -4,15 +4,15 @@
 Shapes are those of LLaMA 7B with fewer rows, in bf16. For each launch:
 
 bytes      bytes of global memory that it touches, each counted once, over what the op must move
-asked      bytes that its threads ask for, over the same: more where something is read again from L1
+asked      bytes that its threads ask for, over the same: more where L1 is read again
 sectors    32-byte sectors its requests touch, over the fewest that could carry the same bytes
 shared     passes over shared memory, over those without bank conflicts (- : it uses none)
-per KiB    warp instructions (of PTX) per KiB that the op must move: an A100 that moves 2,039 GB/s has
-           room for about 300
+per KiB    warp instructions (of PTX) per KiB that the op must move: an A100 that moves 2,039 GB/s
+           has room for about 300
 registers  of a thread; spilled ones would show as local memory and are an error in the tests
-in flight  KiB of loads an SM waits for at once: threads that it holds by registers, shared memory and
-           block size, times the 16-byte loads that a thread's code issues before it needs the first;
-           latency times bandwidth of an A100 is about 32
+in flight  KiB of loads an SM waits for at once: threads that it holds by registers, shared memory
+           and block size, times the 16-byte loads that a thread's code issues before it needs the
+           first; latency times bandwidth of an A100 is about 32
 """
 
 import dataclasses
@@ -173,8 +173,8 @@ def count(case):
         total("warp_instructions") / (ideal / 1024), main)
 
 
-HEADER = (f"{'op':16} {'direction':9} {'shape':34} {'bytes':>6} {'asked':>6} {'sectors':>7} {'shared':>6} "
-          f"{'per KiB':>7} {'registers':>9} {'in flight':>9}")
+HEADER = (f"{'op':16} {'direction':9} {'shape':34} {'bytes':>6} {'asked':>6} {'sectors':>7} "
+          f"{'shared':>6} {'per KiB':>7} {'registers':>9} {'in flight':>9}")
 
 
 def line(case, counts):
@@ -182,8 +182,8 @@ def line(case, counts):
     shared = "-" if counts.shared is None else f"{counts.shared:.3f}"
     registers, in_flight = registers_and_loads_in_flight(counts.launch)
     return (f"{case.op:16} {case.direction:9} {case.shape:34} {counts.bytes:6.3f} "
-            f"{counts.asked:6.3f} {counts.sectors:7.3f} {shared:>6} {counts.per_kib:7.0f} {registers:9} "
-            f"{in_flight:9.0f}")
+            f"{counts.asked:6.3f} {counts.sectors:7.3f} {shared:>6} {counts.per_kib:7.0f} "
+            f"{registers:9} {in_flight:9.0f}")
 
 
 def run(args):

@@ -30,8 +30,8 @@ def rmsnorm_residual(x, residual, weight, eps=1e-6):
 
 
 def swiglu(gate, up=None):
-    """silu(gate) * up, elementwise; both in gate (..., 2F) without up. arXiv 2002.05202, eq. 6, with
-    Swish_1."""
+    """silu(gate) * up, elementwise; without up both are in gate, (..., 2F). arXiv 2002.05202,
+    eq. 6, with Swish_1."""
     gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     g = gate.to(_acc(gate))
     return (g * torch.sigmoid(g) * up.to(g.dtype)).to(gate.dtype)

@@ -119,7 +119,7 @@ def main():
         if not loop:
             continue
         use = usage[name]
-        print(f"{name}\n  {use['registers']} registers, {use['stack']} bytes of stack, per iteration: "
+        print(f"{name}\n  {use['registers']} registers, {use['stack']} bytes of stack; a turn: "
               + ", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
                           for key, value in loop.items() if key != "opcodes"))
         if args.opcodes:

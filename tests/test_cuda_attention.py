@@ -297,5 +297,6 @@ def test_machine_code(vgpu, summary):
                 f"attention forward d{D} for sm_80, hot loop: {loop['HMMA']} HMMA, "
                 f"{loop['per HMMA']:.2f} instructions each (FlashAttention-2 "
                 f"{FLASH_ATTENTION_2[D][0]}); shared memory's time over the tensor cores' "
-                f"{loop['shared time']:.2f} ({FLASH_ATTENTION_2[D][1]}); {found[name]['registers']} "
-                f"registers, no spill; {loop['rare']} more instructions where a tile is redone")
+                f"{loop['shared time']:.2f} ({FLASH_ATTENTION_2[D][1]}); "
+                f"{found[name]['registers']} registers, no spill; {loop['rare']} "
+                "more instructions where a tile is redone")

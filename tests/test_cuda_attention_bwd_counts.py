@@ -116,8 +116,8 @@ def test_machine_code(vgpu, summary):
                     f"attention backward{part} d{D} for sm_80, hot loop: {loop['HMMA']:.0f} HMMA, "
                     f"{loop['per HMMA']:.2f} instructions each (FlashAttention-2 "
                     f"{FLASH_ATTENTION_2[D][0]}); shared memory's time over the tensor cores' "
-                    f"{loop['shared time']:.2f} ({FLASH_ATTENTION_2[D][1]}); {found[name]['registers']} "
-                    f"registers, no spill")
+                    f"{loop['shared time']:.2f} ({FLASH_ATTENTION_2[D][1]}); "
+                    f"{found[name]['registers']} registers, no spill")
     for D, (flash, _) in FLASH_ATTENTION_2.items():
         ours = 4 * totals["_dkdv", D] + 3 * totals["_dq", D]
         summary.append(f"attention backward d{D}: {ours:.1f} instructions per HMMA of one product, "

@@ -49,7 +49,8 @@ def test_loads_in_flight(machine_code, summary, case):
 
 
 def source_names():
-    return sorted(path.name for path in (Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+    folder = Path(__file__).parent.parent / "csrc" / "cuda"
+    return sorted(path.name for path in folder.glob("*.cu"))
 
 
 @pytest.mark.parametrize("name", source_names())

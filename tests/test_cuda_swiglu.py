@@ -14,7 +14,7 @@ def check(*args, **options):
 @pytest.mark.parametrize("width", [8, 16, 504, 1032, 4096, 8192, 8200, 11008])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_widths(width, dtype):
-    """One row's vectors, a chunk's and more, with gaps between the rows and (as one row) without."""
+    """One row's vectors, a chunk's and more, with gaps between the rows and, as one row, none."""
     for layout in (strided, lambda t: t):
         gate, up = (layout(randn(3, width, dtype=dtype)) for _ in range(2))
         check(gate, up, cotangent_layout=layout)

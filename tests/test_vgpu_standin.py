@@ -125,5 +125,5 @@ def test_the_shipped_ptx_is_what_the_virtual_a100_runs(tmp_path):
     assert len(tested) > 40
     differing = [name for name in shipped.keys() | tested.keys()
                  if shipped.get(name) != tested.get(name)]
-    assert not differing, ("the library was built from other sources, or by another nvcc, than what "
-                           f"the virtual A100 runs; build it again. Other PTX in {differing}")
+    assert not differing, ("the library was built from other sources, or by another nvcc, than "
+                           f"what the virtual A100 runs; build it again. Other PTX in {differing}")

@@ -75,7 +75,7 @@ template <class A> __device__ LogSumExp<A> from_lane(const LogSumExp<A>& l, int 
 //
 // Grid: ceil(rows / blockDim.y) blocks. Block: blockDim.x threads for a row; several rows
 // (blockDim.y > 1) only where a warp is enough for each. Static shared memory: a pair and a sum per
-// warp. kSmooth: whether s, label_smoothing, is not 0: the sum of the logits costs an addition each.
+// warp. kSmooth: whether s, label_smoothing, is not 0: summing the logits costs an addition each.
 //
 // Loads in flight: 1024 threads an SM (64 registers), each of which asks for kBatch = 4 vectors of
 // 16 bytes before it uses the first: 64 KB per SM.
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 // blockDim.x * kKeep vectors, the first has the rest as well. dlogits may be logits: a thread reads
 // a vector before it writes it. With kN > 1 rows of both begin equally far past 16 bytes.
 //
-// Loads in flight: 1024 threads an SM (64 registers), each of which asks for kKeep = 4 vectors of 16
-// bytes before it uses the first: 64 KB per SM.
+// Loads in flight: 1024 threads an SM (64 registers), each of which asks for kKeep = 4 vectors of
+// 16 bytes before it uses the first: 64 KB per SM.
 template <class T, int kN, int kKeep>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     cross_entropy_bwd_kernel(T* dlogits,                          // (rows, V)

@@ -13,9 +13,9 @@ from pathlib import Path
 ARCHS = os.environ.get("LLAMA_EXT_CUDA_ARCHS", "80;86;89;90")
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 SOURCES = sorted(Path(__file__).parent.glob("*.cu"))
-ABSENT = ("no nvcc was found, so that the CUDA kernels are not built: put that of CUDA 12.4 or newer "
-          "on PATH or in CUDA_HOME, or get it from PyPI with `pip install '.[nvcc]'`, and build "
-          "again")
+ABSENT = ("no nvcc was found, so that the CUDA kernels are not built: put that of CUDA 12.4 or "
+          "newer on PATH or in CUDA_HOME, or get it from PyPI with `pip install '.[nvcc]'`, and "
+          "build again")
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 // Rotary position embedding of queries and keys in one launch. Formulas in csrc/api.h.
 //
 // B batch, T tokens, H heads (of q, then those of k), D head dim. A warp has one token, or one of
-// `splits` equal parts of its heads where tokens are too few to fill a GPU. A lane has one unit of a
-// head: the pairs that one 16-byte access of x moves (interleaved) or two, D/2 elements apart
+// `splits` equal parts of its heads where tokens are too few to fill a GPU. A lane has one unit of
+// a head: the pairs that one 16-byte access of x moves (interleaved) or two, D/2 elements apart
 // (halves); single elements where alignment or D forbids more. It keeps the unit's cos and sin and
 // goes over the heads, so that a token's tables are read once.
 #include <algorithm>

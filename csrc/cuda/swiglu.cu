@@ -23,8 +23,8 @@ template <class A> struct Sigmoid {
   __device__ A dsilu() const { return s * (1 + gate * (1 - s)); }
 };
 
-// Which vectors a thread has: `first`, and every blockDim.x-th after it, of `row`. Block b has chunk
-// b % chunks of the blockDim.y rows from b / chunks * blockDim.y on.
+// Which vectors a thread has: `first`, and every blockDim.x-th after it, of `row`. Block b has
+// chunk b % chunks of the blockDim.y rows from b / chunks * blockDim.y on.
 struct Place {
   int row, first;
   template <int kKeep> __device__ static Place here(int chunks) {
@@ -35,8 +35,8 @@ struct Place {
 
 // out = silu(gate) * up.
 //
-// Loads in flight: 1024 threads an SM (64 registers), each of which asks for kKeep = 4 vectors of 16
-// bytes of gate and of up before it uses the first: 128 KB per SM.
+// Loads in flight: 1024 threads an SM (64 registers), each of which asks for kKeep = 4 vectors of
+// 16 bytes of gate and of up before it uses the first: 128 KB per SM.
 template <class T, int kN, int kKeep>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     swiglu_fwd_kernel(T* __restrict__ out,         // (rows, F)
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 // dgate = dout * up * s * (1 + gate * (1 - s)), dup = dout * gate * s; their rows begin grad_stride
 // apart.
 //
-// Loads in flight: 1024 threads an SM (64 registers), each of which asks for kKeep = 2 vectors of 16
-// bytes of dout, gate and up before it uses the first: 96 KB per SM.
+// Loads in flight: 1024 threads an SM (64 registers), each of which asks for kKeep = 2 vectors of
+// 16 bytes of dout, gate and up before it uses the first: 96 KB per SM.
 template <class T, int kN, int kKeep>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     swiglu_bwd_kernel(T* __restrict__ dgate,       // (rows, F)

@@ -52,9 +52,9 @@ def _slices(rows, row_bytes, budget):
 
 
 def _sweep(h, weight, t, options, dloss=None, lse=None, need_dhidden=False, need_dweight=False):
-    """(loss, lse, dhidden, dweight) of h (rows, C), weight (V, C), t (rows,). dloss, the gradient of
-    each row's loss or one for all, is needed for gradients only; an unwanted one comes back empty.
-    lse, if known, spares the losses (returned empty). dweight is fp32 for half dtypes."""
+    """(loss, lse, dhidden, dweight) of h (rows, C), weight (V, C), t (rows,). dloss, the gradient
+    of each row's loss or one for all, is needed for gradients only; an unwanted one comes back
+    empty. lse, if known, spares the losses (returned empty). dweight is fp32 for half dtypes."""
     rows, (V, C), dtype = h.shape[0], weight.shape, h.dtype
     acc = torch.promote_types(dtype, torch.float32)
     known = lse is not None
@@ -158,8 +158,8 @@ def linear_cross_entropy_rows_bwd(
     """(dhidden, dweight), in their dtypes; an unwanted one comes back empty."""
     _, _, dhidden, dweight = _sweep(
         hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1),
-        (ignore_index, label_smoothing, z_loss), dloss.reshape(-1).contiguous(), lse.reshape(-1), need_dhidden,
-        need_dweight)
+        (ignore_index, label_smoothing, z_loss), dloss.reshape(-1).contiguous(), lse.reshape(-1),
+        need_dhidden, need_dweight)
     return dhidden.view(hidden.shape) if need_dhidden else dhidden, dweight.to(weight.dtype)
 
 
@@ -217,8 +217,8 @@ def linear_cross_entropy(hidden, weight, target, ignore_index=-100, *, reduction
     a row that does not count. reduction, label_smoothing, z_loss and what is returned: as
     `cross_entropy`; the backward of reduction "none" makes the logits once more.
     Beyond the gradients it takes at most 256 MiB (CHUNK_BYTES), or one row of logits, whatever the
-    number of rows; the gradient of weight is held and summed in fp32 until the backward. Raises RuntimeError
-    for arguments that do not fit and, on the CPU, for targets out of range; on other devices such a
+    number of rows; the gradient of weight is held and summed in fp32 until the backward. Raises
+    RuntimeError for arguments that do not fit and, on the CPU, for targets out of range; on other devices such a
     row's loss and gradient are NaN.
     """
     check_reduction("linear_cross_entropy", reduction)

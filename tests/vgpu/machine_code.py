@@ -1,4 +1,4 @@
-"""What ptxas made of the CUDA kernels for sm_80: registers, spills, instructions, loads in flight."""
+"""What ptxas made of the CUDA kernels for sm_80: resources, instructions, loads in flight."""
 
 import functools
 import re
@@ -29,8 +29,8 @@ def instructions(source):
 
 def loads_in_flight(code):
     """The most 16-byte loads from global memory that a thread waits for at one time, going through
-    its instructions once, in order: a load is waited for where its result is first used, and with it
-    every load before it."""
+    its instructions once, in order: a load is waited for where its result is first used, and with
+    it every load before it."""
     waiting, most = [], 0
     for text in code:
         registers = {int(r) for r in re.findall(r"\bR(\d+)", text)}

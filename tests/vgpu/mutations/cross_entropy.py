@@ -15,7 +15,8 @@ FAULTS = [
      "came\n", ""),
     ("sum scaled the other way", CU, "exp_quick(shift_before - shift());", "exp_quick(shift() - "
      "shift_before);"),
-    ("inf - inf where a row is infinite", CU, "return max > -kInf<A> && max < kInf<A> ? max : A(0);",
+    ("inf - inf where a row is infinite", CU,
+     "return max > -kInf<A> && max < kInf<A> ? max : A(0);",
      "return max;"),
     ("sums joined without scaling", CU, "    o.raise_max(max);\n", ""),
     ("one operand of a join left as it was", CU, "    raise_max(o.max);\n", ""),
@@ -57,13 +58,15 @@ FAULTS = [
     ("no bound on rows in the forward", CU,
      "  if (i >= rows) return;  // a whole warp that shares its row with no other\n", ""),
     ("grid without the last rows", CU,
-     "kernel<<<unsigned(ceil_div(rows, block.y)), block", "kernel<<<unsigned(rows / block.y), block"),
+     "kernel<<<unsigned(ceil_div(rows, block.y)), block",
+     "kernel<<<unsigned(rows / block.y), block"),
     # the backward
     ("gradient on the target without - 1", CU, "(p(z) - on_target) * dl", "p(z) * dl"),
     ("target one column on", CU, "on = column - split.vec(v)", "on = column - split.vec(v) + 1"),
     ("no target in the rest", CU, "dz = j == column ? gradient_on_target(logits[j]) : gradient",
      "dz = gradient"),
-    ("gradient without the row's factor", CU, "dloss[i * dloss_stride] : A(NAN)", "dloss[0] : A(NAN)"),
+    ("gradient without the row's factor", CU,
+     "dloss[i * dloss_stride] : A(NAN)", "dloss[0] : A(NAN)"),
     ("z-loss's gradient halved", CU, "dl * 2 * z_loss * row_lse", "dl * z_loss * row_lse"),
     ("z-loss forgotten on the target", CU, " + p(z) * of_z_loss);", ");"),
     ("smoothed share of the wrong sign", CU, "p(z) * scale - even", "p(z) * scale + even"),
@@ -77,7 +80,8 @@ FAULTS = [
     ("the rest one element short in the backward", CU,
      "n < split.rest(); n += blockDim.x) {\n    const int j",
      "n < split.rest() - 1; n += blockDim.x) {\n    const int j"),
-    ("gradient rows aligned otherwise taken for alike", CU, "bool alike = (static_cast<char*>(dlogits)"
+    ("gradient rows aligned otherwise taken for alike", CU,
+     "bool alike = (static_cast<char*>(dlogits)"
      " - static_cast<const char*>(logits)) % 16 == 0;", "bool alike = true;"),
     ("strides of the rows not compared", CU,
      "(logits_rows.stride[d] - dense[d]) % kVec == 0", "true"),
@@ -89,5 +93,6 @@ FAULTS = [
      "kMeanThreads;"),
     ("rows beyond a block's threads missing", CU, "i < rows; i += kMeanThreads",
      "i < min(rows, int64_t(kMeanThreads)); i += kMeanThreads"),
-    ("count and sum in one place", CU, "group_sum(counted, s_warps[1])", "group_sum(counted, s_warps[0])"),
+    ("count and sum in one place", CU,
+     "group_sum(counted, s_warps[1])", "group_sum(counted, s_warps[0])"),
 ]
