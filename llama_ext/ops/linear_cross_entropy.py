@@ -218,8 +218,8 @@ def linear_cross_entropy(hidden, weight, target, ignore_index=-100, *, reduction
     `cross_entropy`; the backward of reduction "none" makes the logits once more.
     Beyond the gradients it takes at most 256 MiB (CHUNK_BYTES), or one row of logits, whatever the
     number of rows; the gradient of weight is held and summed in fp32 until the backward. Raises
-    RuntimeError for arguments that do not fit and, on the CPU, for targets out of range; on other devices such a
-    row's loss and gradient are NaN.
+    RuntimeError for arguments that do not fit and, on the CPU, for targets out of range; on other
+    devices such a row's loss and gradient are NaN.
     """
     check_reduction("linear_cross_entropy", reduction)
     dtype = autocast_dtype(hidden)
