@@ -41,6 +41,13 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture
+def cuda_kernels(pytestconfig):
+    """For a test of the CUDA kernels alone."""
+    if pytestconfig.getoption("backend") == "cpu":
+        pytest.skip("of the CUDA kernels")
+
+
+@pytest.fixture
 def vgpu(pytestconfig):
     """vgpu.library with an empty log, for a test that counts what the virtual A100 does."""
     if pytestconfig.getoption("backend") != "vgpu":

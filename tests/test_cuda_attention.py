@@ -1,6 +1,5 @@
-"""The CUDA forward of attention, whatever backend runs it: ragged sizes, head dims, layouts, masks,
-packing, few queries against many keys, values that rescale; its traffic, tensor-core work and
-machine code on the virtual A100."""
+"""The CUDA forward of attention: ragged sizes, head dims, layouts, masks, packing, few queries against
+many keys, values that rescale; its traffic, tensor-core work and machine code on the virtual A100."""
 
 import math
 import re
@@ -14,6 +13,8 @@ import compare
 import llama_ext as lx
 import sass
 from harness import DTYPES, randn, shifted
+
+pytestmark = pytest.mark.usefixtures("cuda_kernels")
 
 HALVES = [torch.bfloat16, torch.float16]
 MASKS = {"causal": {}, "full": {"causal": False}, "causal window": {"window": 70},

@@ -10,6 +10,8 @@ import compare
 import llama_ext as lx
 from harness import DTYPES, LAYOUTS, randn, shifted
 
+pytestmark = pytest.mark.usefixtures("cuda_kernels")
+
 HALF = [torch.bfloat16, torch.float16]
 MASKS = {"causal": {}, "full": {"causal": False}, "causal window": {"window": 70},
          "full window": {"window": 21, "causal": False}}
