@@ -1,5 +1,6 @@
-"""The CUDA forward of attention: ragged sizes, head dims, layouts, masks, packing, few queries against
-many keys, values that rescale; its traffic, tensor-core work and machine code on the virtual A100."""
+"""The CUDA forward of attention: ragged sizes, head dims, layouts, masks, packing, few queries
+against many keys, values that rescale; its traffic, tensor-core work and machine code on the virtual
+A100."""
 
 import math
 import re

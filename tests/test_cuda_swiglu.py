@@ -19,6 +19,10 @@ def test_widths(width, dtype):
         gate, up = (layout(randn(3, width, dtype=dtype)) for _ in range(2))
         check(gate, up, cotangent_layout=layout)
     check(randn(3, 2 * width, dtype=dtype))
+    gate, up = (randn(3, width, dtype=dtype) for _ in range(2))
+    check(gate, up, cotangent_layout=strided)
+    check(gate, strided(up))
+    check(strided(gate), up)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

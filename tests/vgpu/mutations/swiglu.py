@@ -58,8 +58,6 @@ FAULTS = [
      "!aligned<T>(gate, gate_rows) || !aligned<T>(up, up_rows))\n"
      "      return launch(swiglu_fwd",
      "!aligned<T>(gate, gate_rows))\n      return launch(swiglu_fwd"),
-    ("misaligned dup taken for aligned", CU, "!aligned(dgate) || !aligned(dup) ||",
-     "!aligned(dgate) ||"),
     ("neighbouring vectors to one thread", CU,
      "    const int v = at.first + k * blockDim.x;\n    if (v * kN >= F) break;\n"
      "    r_dout[k]", "    const int v = at.first * kKeep + k;\n    if (v * kN >= F) break;\n"
