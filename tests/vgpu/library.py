@@ -104,6 +104,7 @@ def _loaded():
     loaded = ctypes.CDLL(os.environ["LLAMA_EXT_CPU_TENSORS_TO"])
     loaded.vgpu_take_log.restype = ctypes.c_char_p
     loaded.vgpu_run_edges.argtypes = [ctypes.c_double]
+    loaded.vgpu_set_seed.argtypes = [ctypes.c_uint64]
     return loaded
 
 
@@ -121,3 +122,13 @@ def edges(share):
         yield
     finally:
         _loaded().vgpu_run_edges(1)
+
+
+@contextlib.contextmanager
+def seeded(seed):
+    """Within it the order of blocks and warps is that of another seed than 0."""
+    _loaded().vgpu_set_seed(seed)
+    try:
+        yield
+    finally:
+        _loaded().vgpu_set_seed(0)

@@ -192,6 +192,11 @@ void Device::run_edges(double share) {
   state_->edges = share;
 }
 
+void Device::set_seed(uint64_t seed) {
+  const std::lock_guard guard(state_->lock);
+  state_->options.seed = seed;
+}
+
 Stats Device::launch(const Module& module, const std::string& name, Dim grid, Dim block,
                      size_t dynamic_shared, const void* const* args) {
   const std::lock_guard guard(state_->lock);

@@ -83,6 +83,9 @@ class Device {
   // end, rounded up: for tensors that are too large to run through. 1: all.
   void run_edges(double share);
 
+  // From now on launches take this seed instead of options.seed.
+  void set_seed(uint64_t seed);
+
   // args[i] points to the bytes of parameter i. Throws Fault, or std::invalid_argument for a
   // launch that a driver would refuse.
   Stats launch(const Module& module, const std::string& kernel, Dim grid, Dim block,

@@ -128,6 +128,7 @@ EXPORT const char* vgpu_take_log() {
 }
 
 EXPORT void vgpu_run_edges(double share) { runtime().device.run_edges(share); }
+EXPORT void vgpu_set_seed(uint64_t seed) { runtime().device.set_seed(seed); }
 
 // What nvcc's host code calls.
 void** __cudaRegisterFatBinary(void* wrapper) {
