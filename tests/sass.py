@@ -42,6 +42,19 @@ def resources(objects):
             for name, *numbers in found}
 
 
+def stack_frames(library):
+    """[(architecture, kernel)] of the kernels that keep something in local memory."""
+    found, arch = [], None
+    for line in dump("-res-usage", library).splitlines():
+        if header := re.match(r"arch = (\w+)", line):
+            arch = header[1]
+        elif function := re.search(r"Function (\S+):", line):
+            kernel = function[1]
+        if re.search(r"STACK:[1-9]|LOCAL:[1-9]", line):
+            found.append((arch, kernel))
+    return found
+
+
 def kernels(objects, arch="sm_80"):
     """{kernel: [(address, opcode with suffixes, target of a branch or None)]}"""
     text = dump("-sass", "-arch", arch, objects)

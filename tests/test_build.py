@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import llama_ext
+import sass
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -63,6 +66,14 @@ def test_the_sdist_builds_a_wheel_for_every_python_and_torch(sources, tmp_path):
               "print(lx.swiglu(torch.ones(2), torch.ones(2)))")
     out = run("-c", script, cwd=tmp_path).stdout
     assert out.startswith(str(tmp_path / "llama_ext")) and "0.7311" in out
+
+
+def test_no_kernel_spills_registers_on_any_architecture():
+    library = Path(llama_ext.__file__).parent / "libllama_ext_cuda.so"
+    if not library.exists() or sass.cuobjdump() is None:
+        pytest.skip("no CUDA library, or no cuobjdump to look into it")
+    assert len(sass.resources(library)) > 100
+    assert sass.stack_frames(library) == []
 
 
 def test_a_missing_compiler_is_one_sentence(sources):

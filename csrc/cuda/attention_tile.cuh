@@ -16,9 +16,14 @@ template <class T_, int kHeadDim_, int kRowBlocks_, int kWarps_, int kKeys_, int
 struct Shape {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kRowBlocks = kRowBlocks_, kWarps = kWarps_;
-  static constexpr int kKeys = kKeys_, kKept = kKept_, kBlocks = kBlocks_;
+  static constexpr int kKeys = kKeys_, kBlocks = kBlocks_;
   static constexpr int kWarpRows = kRowBlocks * 16, kRows = kWarps * kWarpRows;
   static constexpr int kThreads = kWarps * 32, kColumns = kHeadDim / 16, kKeyBlocks = kKeys / 16;
+#if __CUDA_ARCH__ >= 900  // where all else takes some registers more
+  static constexpr int kKept = kKept_ < kColumns ? kKept_ - 2 : kKept_;
+#else
+  static constexpr int kKept = kKept_;
+#endif
   using Layout = Padded<kHeadDim>;
   static constexpr int kWarpBytes = kWarpRows * Layout::kRowBytes;  // of Q
   static constexpr int kTileBytes = kKeys * Layout::kRowBytes;      // of K or V; two of each

@@ -16,7 +16,8 @@ namespace lx {
 namespace {
 
 constexpr int kThreads = 256;    // per block
-constexpr int kBlocksPerSM = 4;  // so that ptxas gives each thread at most 64 registers
+// So that ptxas gives each thread at most 64 registers, 128 in fp64.
+template <class T> constexpr int kBlocksPerSM = sizeof(T) == 8 ? 2 : 4;
 
 template <class A> constexpr A kInf = A(INFINITY);
 
@@ -80,7 +81,7 @@ template <class A> __device__ LogSumExp<A> from_lane(const LogSumExp<A>& l, int 
 // Loads in flight: 1024 threads an SM (64 registers), each of which asks for kBatch = 4 vectors of
 // 16 bytes before it uses the first: 64 KB per SM.
 template <class T, bool kSmooth>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM<T>)
     cross_entropy_fwd_kernel(Acc<T>* __restrict__ loss,      // (rows)
                              Acc<T>* __restrict__ lse,       // (rows)
                              const T* __restrict__ logits,   // logits_rows of V
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 // Loads in flight: 1024 threads an SM (64 registers), each of which asks for kKeep = 4 vectors of
 // 16 bytes before it uses the first: 64 KB per SM.
 template <class T, int kN, int kKeep>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM<T>)
     cross_entropy_bwd_kernel(T* dlogits,                          // (rows, V)
                              const T* logits,                     // logits_rows of V
                              Rows logits_rows,

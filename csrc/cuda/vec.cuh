@@ -21,7 +21,7 @@ template <class T> constexpr int kVecSize = 16 / sizeof(T);
 
 __device__ inline float to_acc(float v) { return v; }
 __device__ inline double to_acc(double v) { return v; }
-__device__ inline float to_acc(bf16 v) { return __bfloat162float(v); }
+__device__ inline float to_acc(bf16 v) { return ptx::upper_half(__bfloat16_as_ushort(v)); }
 __device__ inline float to_acc(f16 v) { return __half2float(v); }
 
 template <class T> __device__ T round_to(Acc<T> v) {

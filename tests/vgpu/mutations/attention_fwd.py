@@ -104,7 +104,7 @@ FAULTS = [
      "      __syncthreads();  // no warp reads the piece before any more\n", ""),
     ("only the first columns of v", SCALAR, "column = blockIdx.y * kColumns + lane",
      "column = lane"),
-    ("sums of a lane taken for the row's", SCALAR, "const A total = warp_sum(sum[r]);",
-     "const A total = sum[r];"),
+    ("sums of a lane taken for the row's", SCALAR, "const double total = warp_sum(sum[r]);",
+     "const double total = sum[r];"),
     ("half a warp compared", SCALAR, "for (int other = 16;", "for (int other = 8;"),
 ]
