@@ -98,22 +98,24 @@ def accumulate(model, last):
 
 @torch.no_grad()
 def reset_parameters(model, seed):
-    """model.reset_parameters(generator) of a parallelized model: the same weights as one process
-    gets from a torch.Generator with this seed, one whole parameter at a time on the CPU."""
+    """model.reset_parameters(generator) for a model that may be split: the same weights as one
+    process gets from a torch.Generator with this seed, one whole parameter at a time on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
         model.init_parameter(name, whole, generator)
-        parameter.to_local().copy_(whole[local_part(parameter)])
+        part, place = local_part(parameter)
+        part.copy_(whole[place])
 
 
 def local_part(tensor):
-    """The index, a tuple of slices, of what this rank holds of a DTensor; () of a plain tensor."""
+    """What this rank holds of a DTensor, a plain tensor, and its place in the whole, a tuple of
+    slices; of a plain tensor itself and ()."""
     if not isinstance(tensor, DTensor):
-        return ()
+        return tensor, ()
     shape, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape))
+    return tensor.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape))
 
 
 def _split_layers(model, tp):

@@ -8,9 +8,10 @@ import tempfile
 import traceback
 
 import torch
+import torch._dynamo  # noqa: F401  what DTensor and checkpoints import when first used
 import torch.distributed as dist
 
-import llama_ext.parallel  # noqa: F401  what the server is to have imported
+import llama_ext.sharded  # noqa: F401
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["processes"])
