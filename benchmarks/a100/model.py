@@ -36,8 +36,9 @@ class Gpu:
     bandwidth: float     # bytes per second
 
 
-# The tensor cores of an H100 reach their full rate, 4 clocks, through wgmma alone. mma.sync is taken
-# to need 5; with 4 the model is 6 to 12 % above FlashAttention-2's published times, with 6 within 5 %.
+# The tensor cores of an H100 reach their full rate, 4 clocks, through wgmma alone. mma.sync is
+# taken to need 5; with 4 the model is 6 to 12 % above FlashAttention-2's published times, with 6
+# within 5 %.
 GPUS = {gpu.name: gpu for gpu in (
     Gpu("A100-80GB", 108, 1.41e9, 8, 2.039e12),
     Gpu("A100-40GB", 108, 1.41e9, 8, 1.555e12),
