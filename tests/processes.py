@@ -1,5 +1,5 @@
 """Runs a function in several processes that are joined by torch.distributed, for tests of parallel
-training. They are forked from a server that has torch imported already."""
+training. They are forked from a server that has imported what takes long."""
 
 import multiprocessing
 import os
@@ -8,13 +8,11 @@ import tempfile
 import traceback
 
 import torch
-import torch._dynamo  # noqa: F401  what DTensor and checkpoints import when first used
 import torch.distributed as dist
 
-import llama_ext.sharded  # noqa: F401
-
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["processes"])
+_context.set_forkserver_preload(["pytest", "torch._dynamo", "fsspec", "llama_ext.parallel",
+                                 "llama_ext.sharded", "llama_ext.train"])
 
 
 def run(world, function, *args):

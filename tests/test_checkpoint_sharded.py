@@ -1,5 +1,6 @@
 """Checkpoints of many processes: read by any number of them, split in any way, and by one."""
 
+import functools
 import os
 
 import pytest
@@ -89,7 +90,8 @@ def load(folder, tp, optimizer, more=0):
 
 
 def save_then_load(runs, tokenizer):
-    """{(tp of save, tp of load, optimizer): what is saved, what came of it, what is loaded...}"""
+    """{(tp of the save, tp of the load, optimizer): what was saved, what came of it, what is
+    loaded, what comes of that}."""
     out = {}
     for tp, optimizer, folder in runs:
         saved = train_and_save(folder, tp, optimizer, tokenizer)
@@ -111,8 +113,7 @@ def same(a, b):
 def runs(tmp_path_factory, tokenizer):
     """[(folder, optimizer, what is saved)] of one process and of two, and what two got from it."""
     root = tmp_path_factory.mktemp("runs")
-    plan = [(tp, optimizer, root / f"{optimizer}{tp}") for tp in (1, 2)
-            for optimizer in ("adamw", "adamax")]
+    plan = [(1, "adamw", root / "a"), (2, "adamax", root / "b")]
     return plan, processes.run(2, save_then_load, plan, tokenizer)[0]
 
 
@@ -131,11 +132,8 @@ def test_one_process_reads_the_shards_of_two(runs):
 def test_four_processes_read_what_one_and_two_wrote(runs, tmp_path, tokenizer):
     expected = [(folder, optimizer, runs[1][tp, tp, optimizer][0])
                 for tp, optimizer, folder in runs[0]]
-    for optimizer in ("adamw", "adamax"):
-        folder = tmp_path / optimizer
-        expected.append((folder, optimizer,
-                         train_and_save(folder, None, optimizer, tokenizer)[0]))
-        assert (checkpoint.latest(folder) / "model.safetensors").exists()
+    expected.append((tmp_path, "adamw", train_and_save(tmp_path, None, "adamw", tokenizer)[0]))
+    assert (checkpoint.latest(tmp_path) / "model.safetensors").exists()
     loaded = processes.run(4, load_all, [pair[:2] for pair in expected])
     for rank in loaded:
         for i, (folder, _, saved) in enumerate(expected):
@@ -143,7 +141,7 @@ def test_four_processes_read_what_one_and_two_wrote(runs, tmp_path, tokenizer):
 
 
 def test_model_and_tokenizer_for_generation_come_from_shards(runs):
-    tp, optimizer, folder = runs[0][2]
+    tp, optimizer, folder = runs[0][1]
     path = checkpoint.find(folder)
     assert checkpoint.find(path.rename(folder / "copied")) == folder / "copied"
     model, tokenizer = checkpoint.load_model(folder / "copied")
@@ -153,10 +151,11 @@ def test_model_and_tokenizer_for_generation_come_from_shards(runs):
     assert tokenizer.vocab_size == 310 and model(torch.tensor([[1, 2]])).shape == (1, 2, 310)
 
 
-def resume(folder, changes):
+def refusal(folder, **shape):
+    path = checkpoint.latest(folder)
     try:
-        return load(folder, 1, "adamw") if not changes else \
-            checkpoint.load(checkpoint.latest(folder), *build(1, **changes))
+        checkpoint.read_state(path)
+        checkpoint.load(path, *build(1, **shape))
     except LlamaExtError as error:
         return str(error)
 
@@ -175,14 +174,14 @@ def test_a_damaged_shard_is_named_by_every_rank(runs, tokenizer):
         with pytest.raises(LlamaExtError, match=f"{name} (is damaged|cannot be read)"):
             checkpoint.load_model(path)
         if name.startswith("shards/__1"):
-            assert processes.run(2, resume, folder, {}) == [str(error.value)] * 2
+            assert processes.run(2, refusal, folder) == [str(error.value)] * 2
         (path / name).write_bytes(data)
     checkpoint.read_state(path)
 
 
 def test_another_models_shards_are_refused_by_every_rank(runs):
     _, _, folder = runs[0][0]
-    first, second = processes.run(2, resume, folder, {"n_layers": 3})
+    first, second = processes.run(2, functools.partial(refusal, n_layers=3), folder)
     assert first == second and "does not fit the model: layers.2." in first
 
 
@@ -200,6 +199,7 @@ def fail_to_save(folder, room, tokenizer):
                 ends.append(str(error))
             dist.barrier()
         ends.append(sorted(os.listdir(folder)))
+        dist.barrier()
     checkpoint.read_state(checkpoint.latest(folder))
     return ends
 

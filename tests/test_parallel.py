@@ -16,6 +16,15 @@ STEPS, BATCH, T = 3, 4, 16
 BF16 = torch.bfloat16
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are too small for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def config(**shape):
     return LlamaConfig(**{"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2,
                           "vocab_size": 96, "hidden_dim": 56, "max_seq_len": T, **shape})
