@@ -4,7 +4,8 @@
       model.safetensors      weights under Meta's names
       config.json            the model's shape
       tokenizer.model        the tokenizer, so that the folder is all that generation needs
-      training.safetensors   "optimizer/<parameter>/<slot>" tensors, and "rng/cpu"
+      training.safetensors   "optimizer/<parameter>/<slot>" tensors, "rng/cpu", and where
+                             the model is on a GPU "rng/cuda"
       state.json             step, the trainer's state, size and CRC-32 of every other file and of
                              itself
 
@@ -157,14 +158,16 @@ def read_state(path):
 
 def load(path, model, optimizer):
     """Load the checkpoint `path`, which read_state() found whole, in place: the weights into
-    `model`, the rest into `optimizer` and torch's CPU generator.
+    `model`, the rest into `optimizer` and torch's generators of the CPU and the model's GPU.
 
     The model may be split over processes (all of which then call this), in another way than the
     one that was saved. Raises LlamaExtError for another model's.
     """
     path = Path(path)
     stored = _shapes(path, _WHOLE)
-    tensors = {**_weights(path, model, stored), "rng/cpu": torch.empty_like(torch.get_rng_state())}
+    tensors = {**_weights(path, model, stored), "rng/cpu": torch.get_rng_state()}
+    if "rng/cuda" in stored and _is_on_cuda(model):
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
     parameters, slots = dict(model.named_parameters()), {}
     for key, shape in stored.items():
         kind, _, rest = key.partition("/")
@@ -178,6 +181,8 @@ def load(path, model, optimizer):
     optimizer.load_state_dict({"state": {index[p]: entry for p, entry in slots.items()},
                                "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng/cpu"])
+    if "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
 
 
 def load_model(path):
@@ -245,10 +250,16 @@ def _fill(tensor, file, key):
 
 def _training_tensors(model, optimizer):
     tensors = {"rng/cpu": torch.get_rng_state()}
+    if _is_on_cuda(model):
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
     for name, p in model.named_parameters() if optimizer else ():
         for slot, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer/{name}/{slot}"] = value.contiguous()
     return tensors
+
+
+def _is_on_cuda(model):
+    return next(model.parameters()).is_cuda
 
 
 def _fault(path, names=None):

@@ -1,4 +1,5 @@
-"""The command line, `llama-ext` or `python -m llama_ext`: info, prepare, train, generate.
+"""The command line, `llama-ext` or `python -m llama_ext`: info, prepare, train, generate,
+estimate.
 
 Each command's options are added, and its libraries imported, only when it is the one that runs.
 Every foreseeable failure ends in one sentence on stderr. Exit codes: 2 for wrong options, 128 plus
@@ -69,18 +70,26 @@ def _run_prepare(options):
     print(f"skipped files: {skipped}\ndata set: {options['out']}")
 
 
+def _add_fields(parser, config_class):
+    """An option for every field of a dataclass made with recipe.option()."""
+    for field in dataclasses.fields(config_class):
+        name, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        kind = next(iter(typing.get_args(field.type)), field.type)  # int of int | None
+        if kind is bool:
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        required = field.default is dataclasses.MISSING
+        if not required and field.default is not None:
+            text += " (default: %(default)s)"
+        parser.add_argument(name, required=required, type=field.metadata["parse"] or kind,
+                            default=None if required else field.default, help=text,
+                            choices=field.metadata["choices"])
+
+
 def _train_options(parser):
     from .train import TrainConfig
 
-    for field in dataclasses.fields(TrainConfig):
-        required = field.default is dataclasses.MISSING
-        kind = next(iter(typing.get_args(field.type)), field.type)  # int of int | None
-        text = field.metadata["help"]
-        if not required and field.default is not None:
-            text += " (default: %(default)s)"
-        parser.add_argument("--" + field.name.replace("_", "-"), required=required, type=kind,
-                            default=None if required else field.default, help=text,
-                            choices=field.metadata["choices"])
+    _add_fields(parser, TrainConfig)
     parser.set_defaults(run_command=_run_train)
 
 
@@ -129,11 +138,29 @@ def _run_generate(options):
     print()
 
 
+def _estimate_options(parser):
+    from .estimate import EstimateConfig
+
+    _add_fields(parser, EstimateConfig)
+    parser.set_defaults(run_command=_run_estimate)
+
+
+def _run_estimate(options):
+    from .estimate import EstimateConfig, report
+
+    text, what_to_change = report(EstimateConfig(**options))
+    print(text)
+    if what_to_change:
+        raise LlamaExtError(what_to_change)
+
+
 _COMMANDS = {
     "info": ("show versions and which kernels serve which tensors", _info_options),
     "prepare": ("turn text into a vocabulary and token shards", _prepare_options),
     "train": ("train a LLaMA on prepared text, or go on with a run", _train_options),
     "generate": ("let a trained model write", _generate_options),
+    "estimate": ("say what training or serving a model takes: memory, FLOPs, time",
+                 _estimate_options),
 }
 
 
