@@ -15,6 +15,7 @@ import signal
 import sys
 import typing
 
+from . import ranks
 from .errors import LlamaExtError
 from .info import info
 
@@ -206,5 +207,6 @@ def main(argv=None):
 
 
 def _fail(message, code):
-    print(f"llama-ext: {message}", file=sys.stderr, flush=True)
+    if not ranks.is_silent():
+        print(f"llama-ext: {message}", file=sys.stderr, flush=True)
     return int(code)

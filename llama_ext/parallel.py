@@ -11,7 +11,6 @@ dp each rank has batches of its own and a part of every parameter, gradient and 
 B batch, T tokens, C width, V vocabulary, H heads, F hidden width.
 """
 
-import os
 import warnings
 
 import torch
@@ -27,32 +26,25 @@ from .layers import RMSNorm
 from .ops import linear_cross_entropy
 
 
-def launched():
-    """Whether this process is one of several that torchrun started."""
-    return dist.is_torchelastic_launched()
-
-
-def mesh(config, tensor_parallel=1, device="cpu"):
-    """The DeviceMesh ("dp", "tp") of all processes, tensor_parallel ranks along tp, for a model of
-    `config`, a LlamaConfig.
-
-    device: "cpu" (gloo) or "cuda" (NCCL; this process gets the GPU of its LOCAL_RANK). Sets up
-    torch.distributed from torchrun's environment unless that has been done. Raises ValueError when
-    tensor_parallel does not divide the number of processes, or heads, hidden width, vocabulary or
-    max_seq_len.
-    """
-    world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
-    for what, number in (("the number of processes", world), ("n_heads", config.n_heads),
+def check(config, tensor_parallel, processes):
+    """Raise ValueError unless `tensor_parallel` of that many processes can share the layers of a
+    model of `config`, a LlamaConfig: it must divide what they split."""
+    for what, number in (("the number of processes", processes), ("n_heads", config.n_heads),
                          ("n_kv_heads", config.n_kv_heads), ("hidden_dim", config.hidden_dim),
                          ("vocab_size", config.vocab_size), ("max_seq_len", config.max_seq_len)):
         if tensor_parallel < 1 or number % tensor_parallel:
             raise ValueError(f"tensor_parallel: expected a divisor of {what} = {number}, "
                              f"got {tensor_parallel}")
-    if not dist.is_initialized():
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    grid = init_device_mesh(device, (world // tensor_parallel, tensor_parallel),
+
+
+def mesh(config, tensor_parallel=1, device="cpu"):
+    """The DeviceMesh ("dp", "tp") of all processes, tensor_parallel ranks along tp, for a model of
+    `config`, a LlamaConfig, on "cpu" or "cuda". torch.distributed must be set up (ranks.start).
+
+    Raises ValueError as check() does.
+    """
+    check(config, tensor_parallel, dist.get_world_size())
+    grid = init_device_mesh(device, (dist.get_world_size() // tensor_parallel, tensor_parallel),
                             mesh_dim_names=("dp", "tp"))
     grid._flatten()  # lets DTensor reduce over both in one collective, alike on every rank
     return grid
@@ -94,6 +86,13 @@ def accumulate(model, last):
     """Before each batch of a step: its gradients are added to what is there, and averaged over
     the dp ranks only if it is the last."""
     model.set_requires_gradient_sync(last)
+
+
+def mean(value):
+    """The mean of a scalar tensor over all ranks."""
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 @torch.no_grad()

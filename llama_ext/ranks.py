@@ -1,13 +1,44 @@
-"""What the processes of one run tell each other. In a process of its own each of these does the
-obvious and communicates nothing."""
+"""What the processes of one run, started by torchrun, tell each other. In a process of its own each
+of these does the obvious and communicates nothing."""
 
 import contextlib
+import os
 
+import torch
 import torch.distributed as dist
+
+_silent = False
+
+
+def launched():
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
+def start(device):
+    """Join the other processes that torchrun started; nothing without it. device: "cpu" (gloo) or
+    "cuda" (NCCL; this process gets the GPU of its LOCAL_RANK)."""
+    if launched() and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+
+
+def finish():
+    """Part from the others, if start() joined them."""
+    if launched() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_joined():
+    """Whether this process has been joined to others, if only to a group of one."""
+    return dist.is_initialized()
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 def world():
@@ -27,12 +58,28 @@ def gather(value):
 def together():
     """A block that every rank enters and none leaves before all have come to its end. What it
     raises on one rank is raised on every rank, so that none waits for one that has failed."""
+    global _silent
     error = None
     try:
         yield
     except Exception as raised:
         error = raised
-    for other in gather(error):
-        if other is not None:
-            raise error or other
+    errors = gather(error)
+    failed = next((i for i, other in enumerate(errors) if other is not None), None)
+    if failed is not None:
+        _silent = failed != rank()
+        raise error or errors[failed]
 
+
+def has_lost_another(error):
+    """Whether `error`, a RuntimeError, says that another process of this run has ended."""
+    global _silent
+    lost = world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    _silent = _silent or (lost and rank() > 0)
+    return lost
+
+
+def is_silent():
+    """Whether it is for another rank to say what went wrong in this one: that of together() which
+    failed; rank 0 for the loss of another and for what fails alike everywhere before start()."""
+    return _silent or (launched() and not dist.is_initialized() and rank() > 0)

@@ -200,12 +200,9 @@ def test_parameters_are_gathered_ahead_and_again_in_the_backward_as_asked(result
     (4, 4, {"n_kv_heads": 4, "hidden_dim": 58}, "hidden_dim = 58, got 4"),
     (2, 2, {"vocab_size": 97}, "vocab_size = 97, got 2"),
     (2, 2, {"max_seq_len": 15}, "max_seq_len = 15, got 2")])
-def test_a_mesh_that_does_not_divide_is_refused_before_anything_starts(monkeypatch, tp, world,
-                                                                       shape, message):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
+def test_processes_that_cannot_share_a_model_are_refused(tp, world, shape, message):
     with pytest.raises(ValueError, match=f"^tensor_parallel: expected a divisor of .*{message}$"):
-        parallel.mesh(config(**shape), tp)
-    assert not dist.is_initialized()
+        parallel.check(config(**shape), tp, world)
 
 
 def refused():
