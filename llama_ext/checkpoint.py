@@ -83,7 +83,7 @@ def save(run, step, model, optimizer=None, state=None, *, tokenizer=None, keep=3
 def _write_tensors(folder, model, optimizer):
     """Write what this rank has to; return the paths of the files it must account for."""
     training = _training_tensors(model, optimizer)
-    if ranks.world() > 1:
+    if ranks.is_joined():
         from . import sharded
 
         weights = {f"model/{name}": p.detach() for name, p in model.named_parameters()}

@@ -79,6 +79,8 @@ def parallelize(model, mesh, dtype=torch.float32, *, reshard_after_forward=True,
             module.set_modules_to_forward_prefetch([after])
         for module, before in zip(layers[1:], layers):
             module.set_modules_to_backward_prefetch([before])
+        if mesh.device_type == "cpu":  # it has no streams on which a gather runs by itself
+            model._set_unshard_async_op(True)
     return model
 
 

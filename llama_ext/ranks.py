@@ -3,6 +3,8 @@ of these does the obvious and communicates nothing."""
 
 import contextlib
 import os
+import signal
+import threading
 
 import torch
 import torch.distributed as dist
@@ -83,3 +85,33 @@ def is_silent():
     """Whether it is for another rank to say what went wrong in this one: that of together() which
     failed; rank 0 for the loss of another and for what fails alike everywhere before start()."""
     return _silent or (launched() and not dist.is_initialized() and rank() > 0)
+
+
+class StopSignal:
+    """Holds in `signal` the SIGINT or SIGTERM that came within the block to any of the processes,
+    as of the last agree(), on which all have the same; None before that."""
+
+    def __enter__(self):
+        self.signal = self._received = None
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def agree(self):
+        self.signal = next(filter(None, gather(self._received)), None)
+        return self.signal
+
+    def _receive(self, number, frame):
+        self._received = number
+        if not launched():  # torchrun passes on what the terminal has sent already
+            self._restore()  # a second one is not held up
+
+    def _restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def __exit__(self, *exception):
+        self._restore()

@@ -15,7 +15,6 @@ import math
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -105,8 +104,8 @@ class Trainer:
     def train(self):
         """Run the remaining steps; return the signal that stopped it early, or None.
 
-        After SIGINT or SIGTERM the current step is finished and saved; a second one ends the
-        process at once. A step whose loss or gradient is not finite leaves weights and optimizer
+        After SIGINT or SIGTERM, to any of the processes, the current step is finished and saved; a
+        second one ends a process that runs alone at once. A step whose loss or gradient is not finite leaves weights and optimizer
         as they are; raises LlamaExtError after max_skipped of them in a row.
         """
         config = self.config
@@ -114,7 +113,7 @@ class Trainer:
         step_flops = tokens * flops_per_token(self.model.config, self.loader.seq_len)
         peak = config.peak_flops or device.peak_flops(self.device, self.dtype)
         width, height = shutil.get_terminal_size()  # 80, 24 where it is unknown
-        with _StopSignal() as stop, tqdm(total=config.steps, initial=self.step, unit="step", ncols=width,
+        with ranks.StopSignal() as stop, tqdm(total=config.steps, initial=self.step, unit="step", ncols=width,
                                          nrows=height, disable=ranks.rank() > 0 or None) as bar:
             while True:
                 stop.agree()
@@ -343,36 +342,6 @@ def _report(trainer):
           f"  gzip -9     {others['gzip']:.3f}\n"
           f"loss curve: {result['loss_curve']}\ncheckpoint: {result['checkpoint']}", flush=True)
     return result
-
-
-class _StopSignal:
-    """Holds in `signal` the SIGINT or SIGTERM that came within the block to any of the processes,
-    as of the last agree(), on which all have the same; None before that."""
-
-    def __enter__(self):
-        self.signal = self._received = None
-        self._previous = {}
-        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def agree(self):
-        self.signal = next(filter(None, ranks.gather(self._received)), None)
-        return self.signal
-
-    def _receive(self, number, frame):
-        self._received = number
-        if not ranks.launched():  # torchrun passes on what the terminal has sent already
-            self._restore()  # a second one is not held up
-
-    def _restore(self):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def __exit__(self, *exception):
-        self._restore()
 
 
 def _lock(run_dir):

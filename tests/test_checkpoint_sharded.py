@@ -100,8 +100,8 @@ def save_then_load(runs, tokenizer):
     return out
 
 
-def load_all(folders):
-    return [load(folder, tp, optimizer)[0] for folder, optimizer in folders for tp in (1, 2)]
+def load_all(folders, tps=(1, 2)):
+    return [load(folder, tp, optimizer)[0] for folder, optimizer in folders for tp in tps]
 
 
 def same(a, b):
@@ -129,11 +129,13 @@ def test_one_process_reads_the_shards_of_two(runs):
         assert not (checkpoint.latest(folder) / "model.safetensors").exists()
 
 
-def test_four_processes_read_what_one_and_two_wrote(runs, tmp_path, tokenizer):
+def test_one_of_one_and_four_processes_read_what_one_and_two_wrote(runs, tmp_path, tokenizer):
     expected = [(folder, optimizer, runs[1][tp, tp, optimizer][0])
                 for tp, optimizer, folder in runs[0]]
     expected.append((tmp_path, "adamw", train_and_save(tmp_path, None, "adamw", tokenizer)[0]))
     assert (checkpoint.latest(tmp_path) / "model.safetensors").exists()
+    alone = processes.run(1, load_all, [pair[:2] for pair in expected], (1,))[0]
+    assert all(same(got, saved) for got, (_, _, saved) in zip(alone, expected))
     loaded = processes.run(4, load_all, [pair[:2] for pair in expected])
     for rank in loaded:
         for i, (folder, _, saved) in enumerate(expected):
