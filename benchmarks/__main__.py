@@ -12,7 +12,7 @@ from tqdm import tqdm
 import llama_ext as lx
 from llama_ext import memory
 
-from . import baseline, counts
+from . import baseline, counts, overlap
 from .a100 import model, report
 from .cases import CASES
 from .timing import measure
@@ -97,6 +97,12 @@ def main():
     command.add_argument("--gpu", choices=model.GPUS, default="A100-80GB",
                          help="which GPU (default: %(default)s)")
     command.set_defaults(run=report.run)
+    command = commands.add_parser(
+        "overlap", help="share of FSDP's communication that runs while something is computed",
+        description=overlap.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--out", default="overlap.png",
+                         help="picture of a step (default: %(default)s)")
+    command.set_defaults(run=overlap.run)
     args = parser.parse_args()
     args.run(args)
 

@@ -23,7 +23,14 @@ def start(device):
     if launched() and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        store, number, count = next(dist.rendezvous("env://"))
+        if os.environ["GROUP_WORLD_SIZE"] == "1":
+            # The store outlives the processes. After a restart it still has the addresses of those
+            # before, to which the new ones could connect. (Machines count restarts each for itself,
+            # so that between several this number is no name they share.)
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store,
+                                rank=number, world_size=count)
 
 
 def finish():

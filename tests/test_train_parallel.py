@@ -54,7 +54,8 @@ def worker(process, rank):
 def wait_for(process, config, step):
     path = os.path.join(config.run, "metrics.jsonl")
     while not (os.path.exists(path) and any(row["step"] >= step for row in rows(config.run))):
-        assert process.poll() is None, process.communicate()
+        if process.poll() is not None:
+            pytest.fail("\n".join(process.communicate()))
         time.sleep(0.005)
 
 
