@@ -105,16 +105,18 @@ class Trainer:
         """Run the remaining steps; return the signal that stopped it early, or None.
 
         After SIGINT or SIGTERM, to any of the processes, the current step is finished and saved; a
-        second one ends a process that runs alone at once. A step whose loss or gradient is not finite leaves weights and optimizer
-        as they are; raises LlamaExtError after max_skipped of them in a row.
+        second one ends a process that runs alone at once. A step whose loss or gradient is not
+        finite leaves weights and optimizer as they are; raises LlamaExtError after max_skipped of
+        them in a row.
         """
         config = self.config
         tokens = self.sequences * self.loader.seq_len
         step_flops = tokens * flops_per_token(self.model.config, self.loader.seq_len)
         peak = config.peak_flops or device.peak_flops(self.device, self.dtype)
         width, height = shutil.get_terminal_size()  # 80, 24 where it is unknown
-        with ranks.StopSignal() as stop, tqdm(total=config.steps, initial=self.step, unit="step", ncols=width,
-                                         nrows=height, disable=ranks.rank() > 0 or None) as bar:
+        bar = tqdm(total=config.steps, initial=self.step, unit="step", ncols=width, nrows=height,
+                   disable=ranks.rank() > 0 or None)
+        with ranks.StopSignal() as stop, bar:
             while True:
                 stop.agree()
                 if self._is_due(config.val_every) and not self._is_validated():

@@ -68,13 +68,16 @@ def test_several_processes_train_as_one_does(small, tmp_path):  # noqa: F811
              config("tp", tensor_parallel=2, grad_accum=2, optimizer="adamax", batch_tokens=None),
              config("bf16", optimizer="adamax", dtype="bf16", keep_gathered=True)]
     first, second = processes.run(2, run_all, split)
+    alone = config("alone", grad_accum=2, optimizer="adamax")  # a group of one
+    processes.run(1, run_all, [alone])
     mixed = config("mixed", tensor_parallel=2, batch_size=2, batch_tokens=8 * 32,
                    optimizer="adamax")
     results = processes.run(4, run_all, [mixed])
     assert [set(result[0]) for result in results[1:]] == 3 * [{"step", "signal"}]
     expected = weights(plain.run)
-    for name, p in weights(split[0].run).items():
-        assert torch.equal(p, expected[name]), name  # two gradients are added in either case
+    for run in (split[0].run, alone.run):  # the same two gradients are added
+        for name, p in weights(run).items():
+            assert torch.equal(p, expected[name]), (run, name)
     for other, result in zip((*split, mixed), (*first, results[0][0])):
         loose = 0.02 if other.dtype == "bf16" else 1e-4  # test_parallel has the exact comparison
         assert len(rows(other.run)) == len(rows(plain.run))
