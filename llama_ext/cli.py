@@ -1,4 +1,4 @@
-"""The command line, `llama-ext` or `python -m llama_ext`: info, prepare, train, generate.
+"""The command line, `llama-ext` or `python -m llama_ext`: info, prepare, mixture, train, generate.
 
 Each command's options are added, and its libraries imported, only when it is the one that runs.
 Every foreseeable failure ends in one sentence on stderr. Exit codes: 2 for wrong options, 128 plus
@@ -69,6 +69,34 @@ def _run_prepare(options):
     print(f"skipped files: {skipped}\ndata set: {options['out']}")
 
 
+def _mixture_options(parser):
+    parser.add_argument("config", metavar="CONFIG", help="the mixture's JSON file: "
+                        '{"sources": {NAME: {"path": FOLDER, "share": S}, ...}}, where FOLDER is '
+                        "one that `llama-ext prepare` wrote, relative to the file, and the shares "
+                        "sum to 1")
+    parser.add_argument("--tokens", type=int, help="of a training run, for the epochs that it "
+                        "makes of every source (default: no epochs are shown)")
+    parser.set_defaults(run_command=_run_mixture)
+
+
+def _run_mixture(options):
+    from .mixture import load_mixture
+
+    tokens = options["tokens"]
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"mixture: --tokens: expected at least 1, got {tokens}")
+    table = [("source", "share", "tokens", "bytes", "epochs")]
+    for source in load_mixture(options["config"]):
+        train = source.meta["train"]
+        epochs = float(source.share) * (tokens or 0) / max(1, train["tokens"])
+        table.append((source.name, f"{100 * float(source.share):g} %", f"{train['tokens']:,}",
+                      f"{train['bytes']:,}", f"{epochs:.2f}"))
+    columns = list(zip(*table))[:5 if tokens else 4]
+    widths = [max(map(len, column)) for column in columns]
+    for name, *values in zip(*columns):
+        print("  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])]))
+
+
 def _train_options(parser):
     from .train import TrainConfig
 
@@ -132,6 +160,7 @@ def _run_generate(options):
 _COMMANDS = {
     "info": ("show versions and which kernels serve which tensors", _info_options),
     "prepare": ("turn text into a vocabulary and token shards", _prepare_options),
+    "mixture": ("show the shares of a mixture of data sets", _mixture_options),
     "train": ("train a LLaMA on prepared text, or go on with a run", _train_options),
     "generate": ("let a trained model write", _generate_options),
 }

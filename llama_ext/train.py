@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, memory
-from .data import TokenLoader, load_meta, verify
 from .errors import LlamaExtError
 from .info import info
+from .mixture import open_loader
 from .model import Llama, LlamaConfig
 from .optim import BETA2, build_optimizer, lr_at
 from .runlog import RunLog, plot_losses
@@ -36,7 +36,8 @@ def _option(default, text, choices=None):
 class TrainConfig:
     """Everything a run is made of; `llama-ext train` has one option for each field."""
 
-    data: str = _option(dataclasses.MISSING, "folder written by `llama-ext prepare`")
+    data: str = _option(dataclasses.MISSING, "folder written by `llama-ext prepare`, or a "
+                        "mixture of some (*.json; see `llama-ext mixture`)")
     run: str = _option(dataclasses.MISSING, "folder for checkpoints, metrics and the loss curve; "
                        "one that has checkpoints is resumed")
     preset: str = _option("tiny", "shape of the model", ("tiny", "7B", "13B", "33B", "65B"))
@@ -108,16 +109,14 @@ class Trainer:
         memory.reuse_freed_memory()
         self.config = config
         self.run_dir = Path(config.run)
-        model_config = config.model_config(load_meta(config.data)["vocab_size"])
-        seq_len = model_config.max_seq_len
-        self.val = TokenLoader(config.data, "val", config.batch_size, seq_len)
-        self.loader = TokenLoader(config.data, "train", config.batch_size, seq_len,
+        seq_len = config.seq_len or LlamaConfig.preset(config.preset).max_seq_len
+        self.val = open_loader(config.data, "val", config.batch_size, seq_len)
+        self.val.check_tokens(2)
+        self.loader = open_loader(config.data, "train", config.batch_size, seq_len,
                                   seed=config.seed)
-        for loader, least in ((self.val, 2), (self.loader, seq_len + 1)):
-            if loader.num_tokens < least:
-                raise LlamaExtError(f"{config.data}: the {loader.split} split must have at least "
-                                    f"{least} tokens, got {loader.num_tokens}")
-        self._tokenizer = (self.loader.files / "tokenizer.model").read_bytes()
+        self.loader.check_tokens(seq_len + 1)
+        model_config = config.model_config(self.loader.vocab_size)
+        self._tokenizer = self.loader.tokenizer_path.read_bytes()
         self._lock = _lock(self.run_dir)
         torch.manual_seed(config.seed)
         self.model = Llama(model_config)
@@ -126,13 +125,13 @@ class Trainer:
             weight_decay=config.weight_decay)
         self.dtype = _resolve_dtype(config.dtype)
         self.warmup = min(2000, config.steps // 10) if config.warmup is None else config.warmup
-        self.val_bytes = self.val.meta["files"]["val.txt"]["bytes"]
+        self.val_bytes = self.val.num_bytes
         self.step = 0
         self._saved_step = 0
         if newest := checkpoint.latest(self.run_dir):
             self._resume(newest)
         else:
-            verify(config.data)  # reads all of it, so only once a run
+            self.loader.verify()  # reads all of it, so only once a run
         self.log = RunLog(self.run_dir, self.step)
 
     def train(self):
@@ -210,7 +209,7 @@ class Trainer:
         loss, bpb = result
         self.log.add(step=self.step, val_loss=loss, val_bits_per_byte=bpb)
         plot_losses(self.run_dir / "loss.png", self.log.rows,
-                    self.val_bytes / (self.val.num_tokens - 1))
+                    self.val_bytes / self.val.num_targets)
         bar.write(f"step {self.step}: validation loss {loss:.4f}, {bpb:.4f} bits per byte")
 
     def _is_due(self, every):
@@ -228,7 +227,7 @@ class Trainer:
         same = {n: getattr(self.config, n) for n in ("batch_size", "grad_accum", "optimizer",
                                                      "seed")}
         return {**self.model.config.to_dict(), "seq_len": self.loader.seq_len,
-                "data": self.loader.meta["fingerprint"], **same}
+                "data": self.loader.fingerprint, **same}
 
     def _options(self):
         """What may change, at the price of a curve that is no longer one recipe's."""
@@ -289,23 +288,23 @@ def train(config):
         stopped = trainer.train()
         if stopped:
             print(f"stopped by {signal.Signals(stopped).name} after step {trainer.step}; the same "
-                  "command resumes there")
+                  f"command resumes there\ntrained on {trainer.loader.progress()}")
             return {"step": trainer.step, "signal": stopped}
         return _report(trainer)
     finally:
         trainer.close()
 
 
-def compression(path):
-    """Bits per byte that `gzip -9` and `xz -9` need for the file `path` on its own."""
-    data = Path(path).read_bytes()
+def compression(paths):
+    """Bits per byte that `gzip -9` and `xz -9` need for the files `paths`, one after another."""
+    data = b"".join(Path(path).read_bytes() for path in paths)
     sizes = {"gzip": len(gzip.compress(data, 9)), "xz": len(lzma.compress(data, preset=9))}
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
 def _report(trainer):
     val = trainer.log.validation()
-    others = compression(trainer.loader.files / "val.txt")
+    others = compression(trainer.val.text_paths)
     result = {"step": trainer.step, "signal": None, "val_loss": val["val_loss"],
               "val_bits_per_byte": val["val_bits_per_byte"],
               "gzip_bits_per_byte": others["gzip"], "xz_bits_per_byte": others["xz"],
@@ -315,6 +314,7 @@ def _report(trainer):
           f"  this model  {result['val_bits_per_byte']:.3f}\n"
           f"  xz -9       {others['xz']:.3f}\n"
           f"  gzip -9     {others['gzip']:.3f}\n"
+          f"trained on {trainer.loader.progress()}\n"
           f"loss curve: {result['loss_curve']}\ncheckpoint: {result['checkpoint']}", flush=True)
     return result
 

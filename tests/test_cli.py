@@ -109,7 +109,7 @@ def test_every_option_of_train_reaches_its_field(monkeypatch, tmp_path):
     assert seen == [TrainConfig(**given), TrainConfig("d", "r")]
 
 
-@pytest.mark.parametrize("command", ["info", "prepare", "train", "generate"])
+@pytest.mark.parametrize("command", ["info", "prepare", "mixture", "train", "generate"])
 def test_help_gives_every_options_default(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
@@ -118,8 +118,8 @@ def test_help_gives_every_options_default(command, capsys):
                          text.split("options:")[1])
     optional = [o for o in options if o.split()[0] not in ("--out", "--data", "--run")]
     assert all("(default: " in option for option in optional), optional
-    assert len(options) == {"info": 0, "prepare": 7, "train": len(dataclasses.fields(TrainConfig)),
-                            "generate": 6}[command]
+    assert len(options) == {"info": 0, "prepare": 7, "mixture": 1, "generate": 6,
+                            "train": len(dataclasses.fields(TrainConfig))}[command]
 
 
 def sentence(capsys, argv):
