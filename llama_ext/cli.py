@@ -32,7 +32,9 @@ def _run_info(options):
 
 
 def _prepare_options(parser):
-    from .prepare import SUFFIXES, prepare
+    from .cleaning import DEDUP, INVALID
+    from .documents import SUFFIXES
+    from .prepare import prepare
 
     defaults = inspect.signature(prepare).parameters
 
@@ -41,8 +43,9 @@ def _prepare_options(parser):
                         help=f"{text} (default: %(default)s)", **more)
 
     parser.add_argument("inputs", nargs="+", metavar="INPUT",
-                        help="a text file, a folder to search for text files, or the word stdlib: "
-                             "the Python standard library's sources on this machine")
+                        help="a file (text, .jsonl, .parquet; or one of these as .gz, .bz2, .xz, "
+                             ".zst), a folder to search for such files, or the word stdlib: the "
+                             "Python standard library's sources on this machine")
     parser.add_argument("--out", required=True, help="folder for the data set")
     vocabulary = parser.add_mutually_exclusive_group()
     add(vocabulary, "vocab_size", "pieces of the tokenizer that is trained on the text", type=int)
@@ -51,6 +54,16 @@ def _prepare_options(parser):
     add(parser, "val_fraction", "share of the text held out for validation", type=float)
     add(parser, "shard_tokens", "tokens in a shard", type=int)
     add(parser, "seed", "of the choice of held-out documents", type=int)
+    add(parser, "text_key", "where the text is: key in the lines of .jsonl files, column of "
+        ".parquet files")
+    add(parser, "dedup", "what is left out when it comes again: documents, or lines (and so "
+        "documents too)", choices=DEDUP)
+    add(parser, "min_chars", "length of the shortest document that is kept", type=int)
+    add(parser, "invalid", "what happens to documents that are not UTF-8: skip them, or replace "
+        "the invalid bytes by U+FFFD", choices=INVALID)
+    parser.add_argument("--fix-text", action="store_true", help="repair mojibake, entities of "
+                        "HTML, control characters and the like (ftfy; default: leave text as it "
+                        "is)")
     parser.add_argument("--suffixes", nargs="+", default=SUFFIXES, metavar="SUFFIX",
                         help=f"of the files taken from folders (default: {' '.join(SUFFIXES)})")
     parser.set_defaults(run_command=_run_prepare)
@@ -66,7 +79,11 @@ def _run_prepare(options):
               f"{part['tokens']:,} tokens in {len(part['shards'])} shards")
     skipped = ", ".join(f"{count} {why.replace('_', ' ')}"
                         for why, count in meta["skipped"].items())
-    print(f"skipped files: {skipped}\ndata set: {options['out']}")
+    print(f"skipped documents: {skipped}")
+    if any(meta["cleaned"].values()):
+        print("cleaned: {repaired_documents:,} documents repaired, {removed_lines:,} lines removed "
+              "({removed_bytes:,} bytes)".format(**meta["cleaned"]))
+    print(f"data set: {options['out']}")
 
 
 def _mixture_options(parser):

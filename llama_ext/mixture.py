@@ -100,7 +100,8 @@ class MixtureLoader(Loader):
     path: of a JSON file; see load_mixture. Raises LlamaExtError as load_mixture does, and for a
     source whose split is too short: a window for "train", two tokens for "val".
     Attributes: those of a TokenLoader that concern all sources (fingerprint, vocab_size,
-    tokenizer_path, text_paths, num_bytes, num_tokens, num_targets), and loaders ({name: TokenLoader}).
+    tokenizer_path, text_paths, num_bytes, num_tokens, num_targets), and loaders ({name:
+    TokenLoader}).
     """
 
     def __init__(self, path, split="train", batch_size=8, seq_len=256, seed=0, rank=0,

@@ -43,7 +43,7 @@ def work(tmp_path_factory):
     assert done.returncode == 0
     assert re.search(r"train: \d+ documents, [\d,]+ bytes, [\d,]+ tokens in 1 shards\n"
                      r"val: 1 documents, ", done.stdout)
-    assert "skipped files: 0 not text, 0 empty, 0 duplicate" in done.stdout
+    assert "skipped documents: 0 not text, 0 empty, 0 duplicate, 0 short\n" in done.stdout
     assert done.stderr == "training a tokenizer of 320 pieces\n"  # no bar without a terminal
     done = call("train", "--data", work / "data", "--run", work / "run", *SHAPE, "--steps=60")
     assert (done.returncode, done.stderr) == (0, "")
@@ -118,7 +118,7 @@ def test_help_gives_every_options_default(command, capsys):
                          text.split("options:")[1])
     optional = [o for o in options if o.split()[0] not in ("--out", "--data", "--run")]
     assert all("(default: " in option for option in optional), optional
-    assert len(options) == {"info": 0, "prepare": 7, "mixture": 1, "generate": 6,
+    assert len(options) == {"info": 0, "prepare": 11, "mixture": 1, "generate": 6,
                             "train": len(dataclasses.fields(TrainConfig))}[command]
 
 
