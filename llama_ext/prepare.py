@@ -177,18 +177,17 @@ def _scan(paths, spool_path, text_key, cleaner, seed, progress):
         for path in paths:
             plain = is_plain(path) and not cleaner.rewrites
             for blocks in read_documents(path, text_key):
-                begin = 0 if plain else spool.tell()
+                begin = spool.tell()
                 kept = cleaner.clean(_counted(blocks, bar), None if plain else spool.write)
                 if kept is None:
-                    spool.seek(begin)
-                    spool.truncate()
+                    spool.seek(begin)  # the next document takes its place
                     continue
                 size, digest = kept
                 if plain:
                     files.append(path)
                 file.append(len(files) - 1 if plain else 0)
-                start.append(begin)
-                stop.append(begin + size)
+                start.append(0 if plain else begin)
+                stop.append(start[-1] + size)
                 digests += digest
     keys = bytearray()
     for i in range(0, len(digests), 32):

@@ -8,16 +8,19 @@ import lzma
 import random
 import tracemalloc
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from corpus import halve, write_texts
+from corpus import WORDS, halve, write_texts
 from llama_ext import cli, documents
+from llama_ext import prepare as prepare_module
 from llama_ext.data import load_meta
 from llama_ext.documents import find, read_documents
 from llama_ext.errors import LlamaExtError
 from llama_ext.prepare import prepare
+from llama_ext.tokenizer import Tokenizer
 
 TEXTS = ["first\nof three lines\n", "", "naïve café \U0001f600 " * 50, "\u2028 one \" \\ line \r\n"]
 
@@ -179,6 +182,39 @@ def test_the_end_of_a_large_document_among_others_is_held_out(tmp_path):
     assert large.endswith(val[val.index("line "):]) or large.endswith(
         val.removeprefix("before " * 9).removeprefix("after " * 9))
     assert meta["train"]["bytes"] + meta["val"]["bytes"] == len(large) + 9 * (7 + 6)
+
+
+def test_a_document_without_lines_among_others_is_cut_at_a_character(tmp_path):
+    rng = random.Random(0)
+    large = " ".join(rng.choice(WORDS).strip() for _ in range(3000))
+    (tmp_path / "a.jsonl").write_bytes(json_lines([large, "line\n" * 9, "last\n" * 9]))
+    meta = prepare([tmp_path / "a.jsonl"], tmp_path / "out", vocab_size=290, val_fraction=0.3,
+                   progress=False)
+    val = (tmp_path / "out" / meta["folder"] / "val.txt").read_text()
+    held = val.replace("line\n", "").replace("last\n", "")
+    assert large.endswith(held) and 0.25 < len(held) / len(large) < 0.3
+
+
+def test_skipped_documents_take_no_room_and_no_others_place(tmp_path, monkeypatch):
+    """Of files of their own and of those in others, in turn."""
+    texts = [f"the text of document {i}\n" * 5 for i in range(40)]
+    (tmp_path / "a.jsonl").write_bytes(json_lines([t for t in texts[:20] for _ in range(9)]))
+    (tmp_path / "b.txt").write_bytes(b"a\0b" * 9)
+    (tmp_path / "c.jsonl").write_bytes(json_lines(texts[20:39] + ["", "\ud800"]))
+    (tmp_path / "d.txt").write_text(texts[0])
+    (tmp_path / "e.txt").write_text(texts[39])
+    split, sizes = prepare_module._split, []
+    monkeypatch.setattr(prepare_module, "_split", lambda documents, fraction: sizes.append(
+        documents.paths[0].stat().st_size) or split(documents, fraction))
+    meta = prepare(sorted(tmp_path.iterdir()), tmp_path / "out", vocab_size=290, val_fraction=0,
+                   progress=False)
+    assert meta["skipped"] == {"not_text": 2, "empty": 1, "duplicate": 161, "short": 0}
+    files = tmp_path / "out" / meta["folder"]
+    tokenizer = Tokenizer(files / "tokenizer.model")
+    ids = np.fromfile(files / "train-00000.bin", "<u2").tolist()
+    got = tokenizer.decode(ids)
+    assert sorted(got.splitlines()) == sorted("".join(texts).splitlines())
+    assert sum(map(len, texts[:39])) <= sizes[0] <= sum(map(len, texts[:39])) + len(texts[0])
 
 
 def test_a_failed_input_leaves_the_old_data_set(tmp_path):
