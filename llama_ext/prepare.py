@@ -11,7 +11,7 @@ keeps a repeated line, with dedup="lines", does depend on it). Everything is wri
 is killed leaves an earlier data set as it was.
 
 The text of a document is read where it is, if that is a text file and stays as it is, else from
-`out/.partial/text`, where the scan puts it. Memory holds about 80 bytes a document besides the
+`out/.partial/text`, where the scan puts it. Memory holds about 170 bytes a document besides the
 tokenizer's sample, a batch of text, and what documents.py and cleaning.py say.
 """
 
