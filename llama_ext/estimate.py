@@ -146,7 +146,8 @@ def training_memory(config, plan):
     Working copies: what the matrix products read and write in bf16, all weights on one GPU; with
     FSDP two gathered layers, the gradients of one, and embedding and output layer with theirs.
     Activations per token and layer, as block.py keeps them: 2 (4 d + 2 kv + 2 F) + 4 H bytes; with
-    recompute 2 d, and one layer whole. Loss: a chunk of logits, the output layer's gradient in
+    recompute 2 d, and one layer whole (the residual stream in bf16; autocast on one GPU keeps it in
+    fp32, 2 d more). Loss: a chunk of logits, the output layer's gradient in
     fp32, the hidden state's in bf16. Tensor parallelism divides all but the chunk (its norms and
     residuals are divided along the sequence, arXiv 2205.05198).
     """
@@ -268,7 +269,7 @@ def report(plan):
                   f"tokens/s/GPU         {per_second:,.0f} at {plan.mfu:.1%} of "
                   f"{plan.peak() / 1e12:,.0f} TFLOP/s",
                   f"{_tokens_text(tokens)} tokens take {hours / plan.gpus / 24:,.1f} days on "
-                  f"{plan.gpus:,} GPUs, {hours:,.0f} GPU-hours"]
+                  f"{plan.gpus:,} GPU{'s' * (plan.gpus > 1)}, {hours:,.0f} GPU-hours"]
     total, room = sum(parts.values()), plan.gpu_bytes()
     lines += ["memory per GPU, GB"]
     lines += [f"  {name:<19}{value / 1e9:8.2f}" for name, value in parts.items()]

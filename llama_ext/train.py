@@ -216,20 +216,20 @@ class Trainer:
         checkpoint.load(path, self.model, self.optimizer)
         self._saved_step = self.step
         self.loader.load_state_dict(state["loader"])
-        self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.skipped, self.skipped_in_a_row = state.get("skipped", (0, 0))
         changes = _changes(state["options"], self._options())
         print(f"resuming {path}" + (f", which has {changes}" if changes else ""))
 
     def _show(self, bar, loss, norm, row, seconds):
-        """The bar on a terminal; elsewhere a line now and then."""
+        """The bar on a terminal, cut to its width; elsewhere a line now and then."""
         text = f"loss {loss:.3f}, grad norm {norm:.2f}, {row['tokens_per_second']:,.0f} tokens/s"
-        mfu = f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
-        bar.set_postfix_str(text + mfu, refresh=False)
+        text += f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
+        text += f", lr {row['lr']:.2e}, {row['memory_bytes'] / 1e9:.2f} GB"
+        bar.set_postfix_str(text, refresh=False)
         bar.update()
         if bar.disable and self.step % self.config.log_every == 0:
             left = tqdm.format_interval((self.config.steps - self.step) * seconds)
-            print(f"step {self.step}/{self.config.steps}: {text}{mfu}, lr {row['lr']:.2e}, "
-                  f"{row['memory_bytes'] / 1e9:.2f} GB, {left} left", flush=True)
+            print(f"step {self.step}/{self.config.steps}: {text}, {left} left", flush=True)
 
 
 def train(config):

@@ -21,6 +21,7 @@ import pytest
 from corpus import flip_bit, halve, write_texts
 from llama_ext import checkpoint, cli
 from llama_ext.data import load_meta
+from llama_ext.estimate import EstimateConfig
 from llama_ext.train import TrainConfig
 
 LLAMA_EXT = [sys.executable, "-m", "llama_ext"]
@@ -113,7 +114,7 @@ def test_every_option_of_train_reaches_its_field(monkeypatch, tmp_path):
     assert seen == [TrainConfig(**given), TrainConfig("d", "r", grad_accum=14)]
 
 
-@pytest.mark.parametrize("command", ["info", "prepare", "train", "generate"])
+@pytest.mark.parametrize("command", ["info", "prepare", "train", "generate", "estimate"])
 def test_help_gives_every_options_default(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
@@ -122,8 +123,10 @@ def test_help_gives_every_options_default(command, capsys):
                          text.split("options:")[1])
     optional = [o for o in options if o.split()[0] not in ("--out", "--data", "--run")]
     assert all("(default: " in option for option in optional), optional
-    train = [field for field in dataclasses.fields(TrainConfig) if field.type is not bool]
-    assert len(options) == {"info": 0, "prepare": 7, "train": len(train), "generate": 6}[command]
+    train, estimate = (sum(field.type is not bool for field in dataclasses.fields(config))
+                       for config in (TrainConfig, EstimateConfig))  # flags are off
+    assert len(options) == {"info": 0, "prepare": 7, "train": train, "generate": 6,
+                            "estimate": estimate}[command]
 
 
 def sentence(capsys, argv):
