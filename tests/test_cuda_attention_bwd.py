@@ -212,6 +212,12 @@ def tail(x):
     return wide[1:]
 
 
+@pytest.mark.parametrize("T, S", [(70, 6000), (6000, 70)])
+def test_heads_that_do_not_fit_the_cache_together(T, S):
+    """Blocks of some heads go before those of others; the last of these are fewer."""
+    check(*inputs(1, T, S, 4, 4, 256, torch.bfloat16), causal=False, window=50)
+
+
 def in_aligned_rows(x):
     """x with the same values in rows of a wider buffer that all begin at multiples of 128 bytes."""
     return torch.full((*x.shape[:-1], 64), float("nan"), dtype=x.dtype)[..., :x.shape[-1]].copy_(x)
