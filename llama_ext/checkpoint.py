@@ -4,7 +4,8 @@
       model.safetensors      weights under Meta's names
       config.json            the model's shape
       tokenizer.model        the tokenizer, so that the folder is all that generation needs
-      training.safetensors   "optimizer/<parameter>/<slot>" tensors, and "rng/cpu"
+      training.safetensors   "optimizer/<parameter>/<slot>" tensors, "rng/cpu", and where
+                             the model is on a GPU "rng/cuda"
       state.json             step, the trainer's state, size and CRC-32 of every other file and of
                              itself
 
@@ -114,7 +115,7 @@ def read_state(path):
 
 def load(path, model, optimizer):
     """Load the checkpoint `path`, which read_state() found whole, in place: the weights into
-    `model`, the rest into `optimizer` and torch's CPU generator.
+    `model`, the rest into `optimizer` and torch's generators of the CPU and the model's GPU.
 
     Raises LlamaExtError for another model's.
     """
@@ -147,6 +148,8 @@ def _load_weights(file, model):
 
 def _training_tensors(model, optimizer):
     tensors = {"rng/cpu": torch.get_rng_state()}
+    if _is_on_cuda(model):
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
     for name, p in model.named_parameters() if optimizer else ():
         for slot, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer/{name}/{slot}"] = value.contiguous()
@@ -166,6 +169,12 @@ def _load_training_tensors(file, model, optimizer):
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
     torch.set_rng_state(tensors["rng/cpu"])
+    if "rng/cuda" in tensors and _is_on_cuda(model):
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+def _is_on_cuda(model):
+    return next(model.parameters()).is_cuda
 
 
 def _fault(path, names=None):

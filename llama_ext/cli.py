@@ -1,4 +1,5 @@
-"""The command line, `llama-ext` or `python -m llama_ext`: info, prepare, mixture, train, generate.
+"""The command line, `llama-ext` or `python -m llama_ext`: info, prepare, mixture, train, generate,
+estimate.
 
 Each command's options are added, and its libraries imported, only when it is the one that runs.
 Every foreseeable failure ends in one sentence on stderr. Exit codes: 2 for wrong options, 128 plus
@@ -87,12 +88,15 @@ def _run_prepare(options):
 
 
 def _mixture_options(parser):
+    from .quantity import count
+
     parser.add_argument("config", metavar="CONFIG", help="the mixture's JSON file: "
                         '{"sources": {NAME: {"path": FOLDER, "share": S}, ...}}, where FOLDER is '
                         "one that `llama-ext prepare` wrote, relative to the file, and the shares "
                         "sum to 1")
-    parser.add_argument("--tokens", type=int, help="of a training run, for the epochs that it "
-                        "makes of every source (default: no epochs are shown)")
+    parser.add_argument("--tokens", type=count, help="of a training run, for the epochs that it "
+                        "makes of every source; k, M, G, T are powers of 1000 (default: no epochs "
+                        "are shown)")
     parser.set_defaults(run_command=_run_mixture)
 
 
@@ -114,18 +118,26 @@ def _run_mixture(options):
         print("  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])]))
 
 
+def _add_fields(parser, config_class):
+    """An option for every field of a dataclass made with recipe.option()."""
+    for field in dataclasses.fields(config_class):
+        name, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        kind = next(iter(typing.get_args(field.type)), field.type)  # int of int | None
+        if kind is bool:
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        required = field.default is dataclasses.MISSING
+        if not required and field.default is not None:
+            text += " (default: %(default)s)"
+        parser.add_argument(name, required=required, type=field.metadata["parse"] or kind,
+                            default=None if required else field.default, help=text,
+                            choices=field.metadata["choices"])
+
+
 def _train_options(parser):
     from .train import TrainConfig
 
-    for field in dataclasses.fields(TrainConfig):
-        required = field.default is dataclasses.MISSING
-        kind = next(iter(typing.get_args(field.type)), field.type)  # int of int | None
-        text = field.metadata["help"]
-        if not required and field.default is not None:
-            text += " (default: %(default)s)"
-        parser.add_argument("--" + field.name.replace("_", "-"), required=required, type=kind,
-                            default=None if required else field.default, help=text,
-                            choices=field.metadata["choices"])
+    _add_fields(parser, TrainConfig)
     parser.set_defaults(run_command=_run_train)
 
 
@@ -174,12 +186,30 @@ def _run_generate(options):
     print()
 
 
+def _estimate_options(parser):
+    from .estimate import EstimateConfig
+
+    _add_fields(parser, EstimateConfig)
+    parser.set_defaults(run_command=_run_estimate)
+
+
+def _run_estimate(options):
+    from .estimate import EstimateConfig, report
+
+    text, what_to_change = report(EstimateConfig(**options))
+    print(text)
+    if what_to_change:
+        raise LlamaExtError(what_to_change)
+
+
 _COMMANDS = {
     "info": ("show versions and which kernels serve which tensors", _info_options),
     "prepare": ("turn text into a vocabulary and token shards", _prepare_options),
     "mixture": ("show the shares of a mixture of data sets", _mixture_options),
     "train": ("train a LLaMA on prepared text, or go on with a run", _train_options),
     "generate": ("let a trained model write", _generate_options),
+    "estimate": ("say what training or serving a model takes: memory, FLOPs, time",
+                 _estimate_options),
 }
 
 

@@ -1,10 +1,9 @@
 """Training: one flat loop over steps, with validation, checkpoints and exact resumption.
 
 Weights and optimizer state are fp32; with dtype bf16 the matrix products and the fused operations
-run in bf16 under torch.autocast. B batch, T tokens.
+run in bf16 under torch.autocast. On one device, a CPU or a GPU. B batch, T tokens.
 """
 
-import dataclasses
 import fcntl
 import gzip
 import lzma
@@ -13,88 +12,19 @@ import shutil
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, memory
+from . import checkpoint, device, memory
 from .errors import LlamaExtError
-from .info import info
+from .estimate import flops_per_token
 from .mixture import open_loader
-from .model import Llama, LlamaConfig
-from .optim import BETA2, build_optimizer, lr_at
-from .runlog import RunLog, plot_losses
-
-
-def _option(default, text, choices=None):
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
-
-
-@dataclass
-class TrainConfig:
-    """Everything a run is made of; `llama-ext train` has one option for each field."""
-
-    data: str = _option(dataclasses.MISSING, "folder written by `llama-ext prepare`, or a "
-                        "mixture of some (*.json; see `llama-ext mixture`)")
-    run: str = _option(dataclasses.MISSING, "folder for checkpoints, metrics and the loss curve; "
-                       "one that has checkpoints is resumed")
-    preset: str = _option("tiny", "shape of the model", ("tiny", "7B", "13B", "33B", "65B"))
-    dim: int | None = _option(None, "width (default: the preset's)")
-    n_layers: int | None = _option(None, "layers (default: the preset's)")
-    n_heads: int | None = _option(None, "attention heads (default: the preset's)")
-    n_kv_heads: int | None = _option(None, "key/value heads (default: as many as heads)")
-    hidden_dim: int | None = _option(None, "feed-forward width (default: the paper's rule)")
-    seq_len: int | None = _option(None, "tokens in a sequence (default: the preset's max_seq_len)")
-    batch_size: int = _option(8, "sequences in a forward pass")
-    grad_accum: int = _option(1, "forward passes in a step")
-    steps: int = _option(1000, "optimizer steps, resumed ones included")
-    lr: float = _option(3e-4, "peak learning rate")
-    warmup: int | None = _option(None, "warm-up steps (default: the paper's 2000, at most a tenth "
-                                 "of --steps)")
-    optimizer: str = _option("adamw", "update rule; weight decay is decoupled in both",
-                             tuple(BETA2))
-    beta1: float = _option(0.9, "decay of the gradient's average")
-    beta2: float | None = _option(None, "decay of the second average (default: 0.95 for adamw, "
-                                  "0.999 for adamax)")
-    weight_decay: float = _option(0.1, "decoupled weight decay of matrices")
-    grad_clip: float = _option(1.0, "largest norm of the whole gradient")
-    dtype: str = _option("auto", "precision of the operations; auto: bf16 where the CPU has "
-                         "instructions for it, else fp32", ("auto", "bf16", "fp32"))
-    seed: int = _option(0, "of the initial weights and the order of the data")
-    val_every: int = _option(100, "steps between validations (the last step has one too)")
-    save_every: int = _option(100, "steps between checkpoints (the last step has one too)")
-    keep: int = _option(3, "checkpoints to keep")
-    log_every: int = _option(10, "steps between printed lines where there is no terminal")
-
-    def __post_init__(self):
-        for name in ("batch_size", "grad_accum", "steps", "val_every", "save_every", "keep",
-                     "log_every"):
-            self._expect(name, getattr(self, name) >= 1, "at least 1")
-        self._expect("seq_len", self.seq_len is None or self.seq_len >= 1, "at least 1")
-        self._expect("seed", 0 <= self.seed < 1 << 63, "0 to 2^63 - 1")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            self._expect(name, value is None or 0 <= value < 1, "at least 0 and below 1")
-        for name in ("lr", "grad_clip"):
-            self._expect(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
-        self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number >= 0")
-        self._expect("dtype", self.dtype in ("auto", "bf16", "fp32"), "auto, bf16 or fp32")
-        self._expect("warmup", self.warmup is None or 0 <= self.warmup < self.steps,
-                     f"0 to steps - 1 = {self.steps - 1}")
-
-    def _expect(self, name, ok, expected):
-        if not ok:
-            raise ValueError(f"train: {name}: expected {expected}, got {getattr(self, name)!r}")
-
-    def model_config(self, vocab_size):
-        """The LlamaConfig: the preset, what overrides it, and room for seq_len positions."""
-        names = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim")
-        overrides = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        if self.seq_len is not None:
-            overrides["max_seq_len"] = self.seq_len
-        return LlamaConfig.preset(self.preset, vocab_size=vocab_size, **overrides)
+from .model import Llama
+from .optim import build_optimizer, lr_at
+from .recipe import TrainConfig
+from .runlog import RunLog, plot_losses, require_tensorboard
 
 
 class Trainer:
@@ -106,10 +36,16 @@ class Trainer:
     """
 
     def __init__(self, config):
+        if config.tensorboard:
+            require_tensorboard()
         memory.reuse_freed_memory()
         self.config = config
+        self.device = device.resolve(config.device)
+        self.dtype = device.resolve_dtype(config.dtype, self.device)
         self.run_dir = Path(config.run)
-        seq_len = config.seq_len or LlamaConfig.preset(config.preset).max_seq_len
+        seq_len = config.model_config(None).max_seq_len
+        self.grad_accum = config.forward_passes(seq_len)
+        self.peak_lr, self.warmup = config.peak_lr(), config.warmup_steps()
         self.val = open_loader(config.data, "val", config.batch_size, seq_len)
         self.val.check_tokens(2)
         self.loader = open_loader(config.data, "train", config.batch_size, seq_len,
@@ -119,28 +55,31 @@ class Trainer:
         self._tokenizer = self.loader.tokenizer_path.read_bytes()
         self._lock = _lock(self.run_dir)
         torch.manual_seed(config.seed)
-        self.model = Llama(model_config)
+        self.model = Llama(model_config).to(self.device)  # the same weights on every device
         self.optimizer = build_optimizer(
-            self.model, config.optimizer, lr=config.lr, beta1=config.beta1, beta2=config.beta2,
+            self.model, config.optimizer, lr=self.peak_lr, beta1=config.beta1, beta2=config.beta2,
             weight_decay=config.weight_decay)
-        self.dtype = _resolve_dtype(config.dtype)
-        self.warmup = min(2000, config.steps // 10) if config.warmup is None else config.warmup
         self.val_bytes = self.val.num_bytes
         self.step = 0
+        self.skipped = self.skipped_in_a_row = 0  # steps without a finite loss and gradient
         self._saved_step = 0
         if newest := checkpoint.latest(self.run_dir):
             self._resume(newest)
         else:
             self.loader.verify()  # reads all of it, so only once a run
-        self.log = RunLog(self.run_dir, self.step)
+        self.log = RunLog(self.run_dir, self.step, tensorboard=config.tensorboard)
 
     def train(self):
         """Run the remaining steps; return the signal that stopped it early, or None.
 
         After SIGINT or SIGTERM the current step is finished and saved; a second one ends the
-        process at once. Raises LlamaExtError when the loss is not finite, before the update.
+        process at once. A step whose loss or gradient is not finite leaves weights and optimizer
+        as they are; raises LlamaExtError after max_skipped of them in a row.
         """
         config = self.config
+        tokens = self.grad_accum * config.batch_size * self.loader.seq_len
+        step_flops = tokens * flops_per_token(self.model.config, self.loader.seq_len)
+        peak = config.peak_flops or device.peak_flops(self.device, self.dtype)
         width, height = shutil.get_terminal_size()  # 80, 24 where it is unknown
         with _StopSignal() as stop, tqdm(total=config.steps, initial=self.step, disable=None,
                                          unit="step", ncols=width, nrows=height) as bar:
@@ -153,11 +92,18 @@ class Trainer:
                     return stop.signal
                 start = time.perf_counter()
                 loss, norm, lr = self._update()
-                tokens = config.grad_accum * config.batch_size * self.loader.seq_len
-                speed = tokens / (time.perf_counter() - start)
-                self.log.add(step=self.step, loss=loss, grad_norm=norm, lr=lr,
-                             tokens_per_second=round(speed, 1))
-                self._show(bar, loss, norm, speed, tokens)
+                seconds = time.perf_counter() - start
+                row = {"step": self.step, "loss": _finite(loss), "grad_norm": _finite(norm),
+                       "lr": lr, "tokens_per_second": round(tokens / seconds, 1),
+                       "memory_bytes": device.peak_memory(self.device)}
+                if peak:
+                    row["mfu"] = round(step_flops / seconds / peak, 4)
+                if self.skipped_in_a_row:
+                    row["skipped"] = self.skipped
+                self.log.add(**row)
+                self._show(bar, loss, norm, row, seconds)
+                if self.skipped_in_a_row:
+                    self._after_skip(bar, loss, norm)
 
     def close(self):
         """Let go of the run folder."""
@@ -165,29 +111,43 @@ class Trainer:
         self._lock.close()
 
     def _update(self):
-        """One optimizer step; (loss in nats per token, norm of the gradient, learning rate)."""
+        """One step; (loss in nats per token, norm of the gradient, learning rate). The device is
+        waited for once, for the decision whether the gradient is fit for an update."""
         config = self.config
-        lr = lr_at(self.step + 1, steps=config.steps, peak=config.lr, warmup=self.warmup)
+        lr = lr_at(self.step + 1, steps=config.steps, peak=self.peak_lr, warmup=self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total = 0.0
-        for _ in range(config.grad_accum):
-            tokens, targets = next(self.loader)  # (B, T) each
+        losses = []
+        for _ in range(self.grad_accum):
+            tokens, targets = device.to_device(next(self.loader), self.device)  # (B, T) each
             with self._autocast():
-                loss = self.model(tokens, targets) / config.grad_accum
+                loss = self.model(tokens, targets) / self.grad_accum
             loss.backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip).item()
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            kept = checkpoint.latest(self.run_dir)
-            raise LlamaExtError(
-                f"training stopped at step {self.step + 1}: expected a finite loss and gradient, "
-                f"got loss {total} and gradient norm {norm}; "
-                + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was written"))
-        self.optimizer.step()
+            losses.append(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        loss, norm = torch.stack([torch.stack(losses).sum(), norm]).tolist()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
         self.optimizer.zero_grad()
         self.step += 1
-        return total, norm, lr
+        return loss, norm, lr
+
+    def _after_skip(self, bar, loss, norm):
+        """Say that the update was skipped; raise LlamaExtError when that was one too many."""
+        config, got = self.config, f"loss {loss} and gradient norm {norm}"
+        if self.skipped_in_a_row < config.max_skipped:
+            bar.write(f"step {self.step}: update skipped: expected a finite loss and gradient, got "
+                      f"{got} ({self.skipped_in_a_row} in a row, {self.skipped} in all)")
+            return
+        kept = checkpoint.latest(self.run_dir)
+        raise LlamaExtError(
+            f"training stopped at step {self.step}, the last of {self.skipped_in_a_row} in a row "
+            f"without a finite loss and gradient, got {got}; "
+            + (f"the last checkpoint is {kept}" if kept else "no checkpoint was written"))
 
     @torch.no_grad()
     def evaluate(self, stop=None):
@@ -197,6 +157,7 @@ class Trainer:
             if stop is not None and stop.signal:
                 return None
             n = int((targets != -100).sum())
+            tokens, targets = device.to_device((tokens, targets), self.device)
             with self._autocast():
                 nats += float(self.model(tokens, targets)) * n
             count += n
@@ -220,27 +181,27 @@ class Trainer:
         return row is not None and row["step"] == self.step
 
     def _autocast(self):
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
 
     def _identity(self):
         """What must not change between the parts of one run."""
-        same = {n: getattr(self.config, n) for n in ("batch_size", "grad_accum", "optimizer",
-                                                     "seed")}
+        same = {n: getattr(self.config, n) for n in ("batch_size", "optimizer", "seed")}
         return {**self.model.config.to_dict(), "seq_len": self.loader.seq_len,
-                "data": self.loader.fingerprint, **same}
+                "data": self.loader.fingerprint, "grad_accum": self.grad_accum, **same}
 
     def _options(self):
         """What may change, at the price of a curve that is no longer one recipe's."""
-        names = ("steps", "lr", "beta1", "beta2", "weight_decay", "grad_clip")
-        return {**{n: getattr(self.config, n) for n in names}, "warmup": self.warmup,
-                "dtype": self.dtype}
+        names = ("steps", "beta1", "beta2", "weight_decay", "grad_clip")
+        return {**{n: getattr(self.config, n) for n in names}, "lr": self.peak_lr,
+                "warmup": self.warmup, "device": self.device.type, "dtype": self.dtype}
 
     def _save(self):
         if self.step == self._saved_step:
             return
         self.log.sync()
         state = {"identity": self._identity(), "options": self._options(),
-                 "loader": self.loader.state_dict()}
+                 "loader": self.loader.state_dict(),
+                 "skipped": [self.skipped, self.skipped_in_a_row]}
         checkpoint.save(self.run_dir, self.step, self.model, self.optimizer, state,
                         tokenizer=self._tokenizer, keep=self.config.keep)
         self._saved_step = self.step
@@ -253,18 +214,20 @@ class Trainer:
         checkpoint.load(path, self.model, self.optimizer)
         self._saved_step = self.step
         self.loader.load_state_dict(state["loader"])
+        self.skipped, self.skipped_in_a_row = state.get("skipped", (0, 0))
         changes = _changes(state["options"], self._options())
         print(f"resuming {path}" + (f", which has {changes}" if changes else ""))
 
-    def _show(self, bar, loss, norm, speed, tokens):
-        """The bar on a terminal; elsewhere a line now and then."""
-        text = f"loss {loss:.3f}, grad norm {norm:.2f}, {speed:,.0f} tokens/s"
+    def _show(self, bar, loss, norm, row, seconds):
+        """The bar on a terminal, cut to its width; elsewhere a line now and then."""
+        text = f"loss {loss:.3f}, grad norm {norm:.2f}, {row['tokens_per_second']:,.0f} tokens/s"
+        text += f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
+        text += f", lr {row['lr']:.2e}, {row['memory_bytes'] / 1e9:.2f} GB"
         bar.set_postfix_str(text, refresh=False)
         bar.update()
         if bar.disable and self.step % self.config.log_every == 0:
-            left = (self.config.steps - self.step) * tokens / speed
-            print(f"step {self.step}/{self.config.steps}: {text}, "
-                  f"{tqdm.format_interval(left)} left", flush=True)
+            left = tqdm.format_interval((self.config.steps - self.step) * seconds)
+            print(f"step {self.step}/{self.config.steps}: {text}, {left} left", flush=True)
 
 
 def train(config):
@@ -280,10 +243,11 @@ def train(config):
             print(f"{config.run} is complete: {trainer.step} of {config.steps} steps; more "
                   "--steps or another --run trains on")
         else:
-            params, threads = trainer.model.num_parameters(), torch.get_num_threads()
-            print(f"training {params:,} parameters in {trainer.dtype} on {threads} threads, steps "
-                  f"{trainer.step + 1} to {config.steps} of "
-                  f"{config.batch_size * config.grad_accum * trainer.loader.seq_len:,} tokens; "
+            where = (f"{torch.get_num_threads()} threads" if trainer.device.type == "cpu"
+                     else torch.cuda.get_device_name(trainer.device))
+            print(f"training {trainer.model.num_parameters():,} parameters in {trainer.dtype} on "
+                  f"{where}, steps {trainer.step + 1} to {config.steps} of "
+                  f"{config.batch_size * trainer.grad_accum * trainer.loader.seq_len:,} tokens; "
                   f"an epoch has {trainer.loader.num_tokens:,}", flush=True)
         stopped = trainer.train()
         if stopped:
@@ -359,10 +323,9 @@ def _lock(run_dir):
     return file
 
 
-def _resolve_dtype(dtype):
-    if dtype != "auto":
-        return dtype
-    return "bf16" if "avx512_bf16" in info()["cpu"]["available"] else "fp32"
+def _finite(value):
+    """value, or None, which JSON can hold, where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def _changes(before, now):

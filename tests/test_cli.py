@@ -21,6 +21,7 @@ import pytest
 from corpus import flip_bit, halve, write_texts
 from llama_ext import checkpoint, cli
 from llama_ext.data import load_meta
+from llama_ext.estimate import EstimateConfig
 from llama_ext.train import TrainConfig
 
 LLAMA_EXT = [sys.executable, "-m", "llama_ext"]
@@ -47,8 +48,8 @@ def work(tmp_path_factory):
     assert done.stderr == "training a tokenizer of 320 pieces\n"  # no bar without a terminal
     done = call("train", "--data", work / "data", "--run", work / "run", *SHAPE, "--steps=60")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"step 50/60: loss \d\.\d+, grad norm \d\.\d+, [\d,]+ tokens/s, 00:0\d left",
-                     done.stdout)
+    assert re.search(r"step 50/60: loss \d\.\d+, grad norm \d\.\d+, [\d,]+ tokens/s, MFU \d+%, "
+                     r"lr \d\.\d\de-04, 0\.\d\d GB, 00:0\d left", done.stdout)
     assert re.search(r"this model +\d\.\d{3}\n +xz -9 +\d\.\d{3}\n +gzip -9 +\d\.\d{3}\n",
                      done.stdout)
     return work
@@ -99,17 +100,21 @@ def test_every_option_of_train_reaches_its_field(monkeypatch, tmp_path):
              and not f.metadata["choices"]}
     given |= {"data": "d", "run": "r", "preset": "7B", "dim": 8, "n_layers": 9, "n_heads": 10,
               "n_kv_heads": 11, "hidden_dim": 12, "seq_len": 13, "warmup": 3, "optimizer": "adamax",
-              "beta2": 0.25, "dtype": "fp32"}
+              "beta2": 0.25, "dtype": "fp32", "device": "cpu", "lr": 0.75,
+              "batch_tokens": 4 << 20, "peak_flops": 312e12, "grad_accum": None,
+              "tensorboard": True}
     assert given.keys() == {f.name for f in dataclasses.fields(TrainConfig)}
     seen = []
     monkeypatch.setattr("llama_ext.train.train", lambda c: seen.append(c) or {"signal": None})
-    args = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    texts = given | {"batch_tokens": "4M", "peak_flops": "312T"}
+    args = [f"--{name.replace('_', '-')}={value}" for name, value in texts.items()
+            if type(value) not in (bool, type(None))] + ["--tensorboard"]
     assert cli.main(["train", *args]) == 0
-    assert cli.main(["train", "--data=d", "--run=r"]) == 0
-    assert seen == [TrainConfig(**given), TrainConfig("d", "r")]
+    assert cli.main(["train", "--data=d", "--run=r", "--grad-accum=14"]) == 0
+    assert seen == [TrainConfig(**given), TrainConfig("d", "r", grad_accum=14)]
 
 
-@pytest.mark.parametrize("command", ["info", "prepare", "mixture", "train", "generate"])
+@pytest.mark.parametrize("command", ["info", "prepare", "mixture", "train", "generate", "estimate"])
 def test_help_gives_every_options_default(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
@@ -118,8 +123,10 @@ def test_help_gives_every_options_default(command, capsys):
                          text.split("options:")[1])
     optional = [o for o in options if o.split()[0] not in ("--out", "--data", "--run")]
     assert all("(default: " in option for option in optional), optional
-    assert len(options) == {"info": 0, "prepare": 11, "mixture": 1, "generate": 6,
-                            "train": len(dataclasses.fields(TrainConfig))}[command]
+    train, estimate = (sum(field.type is not bool for field in dataclasses.fields(config))
+                       for config in (TrainConfig, EstimateConfig))  # flags are off
+    assert len(options) == {"info": 0, "prepare": 11, "mixture": 1, "train": train, "generate": 6,
+                            "estimate": estimate}[command]
 
 
 def sentence(capsys, argv):
@@ -143,6 +150,12 @@ def sentence(capsys, argv):
     (["train", "--run=r"], "required: --data"), (["train", "--data=d", "--run=r", "--step=3"],
                                                  "unrecognized arguments: --step=3"),
     (["train", "--data=d", "--run=r", "--steps=1e3"], "--steps: invalid int value: '1e3'"),
+    (["train", "--data=d", "--run=r", "--batch-tokens=4X"],
+     "--batch-tokens: expected a finite number, with k, M, G or T behind it or not, got '4X'"),
+    (["train", "--data=d", "--run=r", "--batch-tokens=0.5"], "a whole number, got '0.5'"),
+    (["train", "--data=d", "--run=r", "--peak-flops=inf"], "finite number.*got 'inf'"),
+    (["train", "--data=d", "--run=r", "--grad-accum=1", "--batch-tokens=1k"],
+     "grad_accum: expected none beside batch_tokens, which determines it, got 1"),
     (["train", "--data=d", "--run=r", "--dtype=fp8"], "--dtype: invalid choice: 'fp8'"),
     (["train", "--data=d", "--run=r", "--lr=nan"], "lr: expected a finite number .*, got nan"),
     (["generate"], "required: --run")])

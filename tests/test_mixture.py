@@ -277,7 +277,7 @@ def test_training_on_a_mixture_resumes_bitwise_and_reports(texts, tmp_path, caps
 
 def test_the_command_shows_shares_and_epochs(texts, capsys):
     tokens = {name: load_meta(texts.parent / "sets" / name)["train"]["tokens"] for name in "ab"}
-    assert cli.main(["mixture", str(texts), "--tokens", "100000"]) == 0
+    assert cli.main(["mixture", str(texts), "--tokens", "100k"]) == 0
     shown = capsys.readouterr().out
     for name, share in (("a", 0.75), ("b", 0.25)):
         epochs = share * 100_000 / tokens[name]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from corpus import flip_bit, full_disk, write_texts
+from runs import data, one_thread, rows, small  # noqa: F401, fixtures
 from llama_ext import checkpoint
 from llama_ext.data import TokenLoader, load_meta
 from llama_ext.errors import LlamaExtError
@@ -22,44 +23,11 @@ from llama_ext.prepare import prepare
 from llama_ext.train import TrainConfig, Trainer, compression, train
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data")
-    write_texts(out / "texts")
-    prepare([out / "texts"], out / "set", vocab_size=320, val_fraction=0.1, progress=False)
-    return out / "set"
-
-
-@pytest.fixture
-def small(data, tmp_path):
-    """Makes the TrainConfig of a run that takes a second."""
-    def config(**options):
-        return TrainConfig(**{"data": str(data), "run": str(tmp_path / "run"), "dim": 32,
-                              "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "seq_len": 32,
-                              "batch_size": 4, "steps": 6, "lr": 3e-3, "val_every": 4,
-                              "save_every": 4, "dtype": "fp32", **options})
-    return config
-
-
-def rows(run):
-    """The metrics without the speeds, which no two runs share."""
-    lines = [json.loads(line) for line in open(os.path.join(run, "metrics.jsonl"))]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
 def start(config, threads=1):
     """`llama-ext train` of this config as a process."""
     options = [f"--{name.replace('_', '-')}={value}"
-               for name, value in dataclasses.asdict(config).items() if value is not None]
+               for name, value in dataclasses.asdict(config).items()
+               if value is not None and name != "tensorboard"]
     return subprocess.Popen([sys.executable, "-m", "llama_ext", "train", *options], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": str(threads),
@@ -150,25 +118,6 @@ def test_batches_may_be_split_into_forward_passes(small, tmp_path):
         assert a == pytest.approx(b, rel=1e-5)
     for a, b in zip(ends[0].model.parameters(), ends[1].model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_update(small):
-    config = small(save_every=2)
-    trainer = Trainer(config)
-    update = trainer._update
-
-    def spoil_at_step_3():
-        if trainer.step == 2:
-            with torch.no_grad():
-                trainer.model.norm.weight[0] = math.inf
-        return update()
-    trainer._update = spoil_at_step_3
-    before = trainer.model.output.weight
-    with pytest.raises(LlamaExtError, match="stopped at step 3: expected a finite loss .* got loss "
-                                            r"nan .* last good checkpoint is \S*step-00000002"):
-        trainer.train()
-    assert before.isfinite().all() and trainer.step == 2
-    trainer.close()
 
 
 def test_a_run_folder_belongs_to_one_process(small):
