@@ -24,6 +24,15 @@ SIZES = {"a": 41, "b": 8, "c": 15}  # windows; ids tell the source: a from 0, b 
 SHARES = {"a": 0.625, "b": 0.25, "c": 0.125}
 
 
+@pytest.fixture
+def one_thread():
+    """These models are too small for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def write_mixture(path, shares, **more):
     path.write_text(json.dumps({"sources": {name: {"path": f"sets/{name}", "share": share}
                                             for name, share in shares.items()}, **more}))
@@ -241,7 +250,7 @@ def texts(tmp_path_factory):
     return write_mixture(folder / "m.json", {"a": 0.75, "b": 0.25})
 
 
-def test_training_on_a_mixture_resumes_bitwise_and_reports(texts, tmp_path, capsys):
+def test_training_on_a_mixture_resumes_bitwise_and_reports(texts, one_thread, tmp_path, capsys):
     def config(run, steps=6, **options):
         return TrainConfig(**{"data": str(texts), "run": str(tmp_path / run), "dim": 32,
                               "n_layers": 1, "n_heads": 2, "seq_len": 32, "batch_size": 3,
