@@ -91,8 +91,8 @@ def _weight_grad(dy, x, weight):
 def _input_grad(dys, weights, shape, lower):
     """The gradient of what all of `weights` were applied to."""
     dx = _rows(dys[0]) @ _cast(weights[0], lower)
-    for dy, weight in zip(dys[1:], weights[1:]):
-        dx.addmm_(_rows(dy), _cast(weight, lower))
+    for dy, weight in zip(dys[1:], weights[1:]):  # not addmm_, which FlopCounterMode does not count
+        torch.addmm(dx, _rows(dy), _cast(weight, lower), out=dx)
     return dx.view(shape)
 
 
