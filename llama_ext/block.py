@@ -202,9 +202,9 @@ class _Block(torch.autograd.Function):
         need = [need_x or need_residual, *need]
         with _no_autocast(doutput):
             if torch.compiler.is_compiling():
-                some = _block_bwd(doutput, dstream, kept, cos, sin, weights, *ctx.options, need)
-                some = list(some)
-                dx, *dweights = [some.pop(0) if n else None for n in need]
+                grads = iter(_block_bwd(doutput, dstream, kept, cos, sin, weights, *ctx.options,
+                                        need))
+                dx, *dweights = [next(grads) if n else None for n in need]
             else:
                 dx, *dweights = _backward(doutput, dstream, kept, cos, sin, weights, ctx.options,
                                           need)
@@ -232,42 +232,29 @@ def why_composed(block):
     """
     if not torch.is_grad_enabled():
         return "no gradients are recorded"
-    attention, feed_forward = block.attention, block.feed_forward
-    parts = {"attention": (attention, CausalSelfAttention),
-             "feed_forward": (feed_forward, FeedForward),
-             "attention_norm": (block.attention_norm, RMSNorm),
-             "ffn_norm": (block.ffn_norm, RMSNorm)}
-    for name, (part, expected) in parts.items():
-        if reason := _why_called(name, part, expected):
-            return reason
-    parts = {f"attention.{name}": (getattr(attention, name), nn.Linear)
-             for name in ("wq", "wk", "wv", "wo")}
-    parts |= {f"feed_forward.{name}": (getattr(feed_forward, name), nn.Linear)
-              for name in ("w1", "w2", "w3")}
-    parts |= {"attention.rotary": (attention.rotary, RotaryEmbedding),
-              "feed_forward.swiglu": (feed_forward.swiglu, SwiGLU)}
-    for name, (part, expected) in parts.items():
-        if reason := _why_called(name, part, expected):
-            return reason
+    for name, expected in _PARTS.items():
+        part = block.get_submodule(name)
+        if type(part) is not expected:
+            return f"{name} is a {type(part).__name__}, not a {expected.__name__}"
+        if any(getattr(part, hooks) for hooks in _HOOKS):
+            return f"{name} has a hook"
+        if "forward" in vars(part):
+            return f"{name} has a forward of its own"
         if getattr(part, "bias", None) is not None:
             return f"{name} has a bias"
-    for name, parameter in block.named_parameters():
-        if type(parameter) not in (nn.Parameter, torch.Tensor):
-            return f"{name} is a {type(parameter).__name__}"
+        weight = getattr(part, "weight", None)
+        if weight is not None and type(weight) not in (nn.Parameter, torch.Tensor):
+            return f"{name}.weight is a {type(weight).__name__}"
     return None
 
 
+_PARTS = {
+    "attention": CausalSelfAttention, "attention.wq": nn.Linear, "attention.wk": nn.Linear,
+    "attention.wv": nn.Linear, "attention.wo": nn.Linear, "attention.rotary": RotaryEmbedding,
+    "feed_forward": FeedForward, "feed_forward.w1": nn.Linear, "feed_forward.w2": nn.Linear,
+    "feed_forward.w3": nn.Linear, "feed_forward.swiglu": SwiGLU, "attention_norm": RMSNorm,
+    "ffn_norm": RMSNorm}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def _why_called(name, part, expected):
-    if type(part) is not expected:
-        return f"{name} is a {type(part).__name__}, not a {expected.__name__}"
-    if any(getattr(part, hooks) for hooks in _HOOKS):
-        return f"{name} has a hook"
-    if "forward" in vars(part):
-        return f"{name} has a forward of its own"
-    return None
 
 
 def fused_block(block, x, residual=None, start_pos=0):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import compare
 import llama_ext as lx
@@ -33,7 +34,7 @@ def make(dtype=torch.float32, window=None, config=CONFIG):
         for p in block.parameters():
             norm = p.dim() == 1
             p.copy_(randn(*p.shape, mean=float(norm), scale=0.3 if norm else p.shape[1] ** -0.5))
-    block.attention.window = window
+    block.attention.window, block.attention_norm.eps = window, 0.1
     return block.to(dtype)
 
 
@@ -56,16 +57,16 @@ def called(block):
 
 def defined(block):
     """The same by the plain formulas of llama_ext.ref."""
-    heads, eps, window = block.attention.head_dim, block.ffn_norm.eps, block.attention.window
+    heads, window = block.attention.head_dim, block.attention.window
 
     def fn(x, residual, norm1, wq, wk, wv, wo, norm2, w1, w3, w2):
         h = x if residual is None else x + residual
-        y = lx.ref.rmsnorm(h, norm1, eps)
+        y = lx.ref.rmsnorm(h, norm1, block.attention_norm.eps)
         q, k, v = (F.linear(y, w).unflatten(-1, (-1, heads)) for w in (wq, wk, wv))
         cos, sin = block.attention.rotary.tables(x.shape[1])
         q, k = lx.ref.rope_qk(q, k, cos, sin)
         a = F.linear(lx.ref.attention(q, k, v, window=window).flatten(2), wo)
-        y, h = lx.ref.rmsnorm_residual(a, h, norm2, eps)
+        y, h = lx.ref.rmsnorm_residual(a, h, norm2, block.ffn_norm.eps)
         return F.linear(lx.ref.swiglu(F.linear(y, w1), F.linear(y, w3)), w2), h
     return fn
 
@@ -257,6 +258,16 @@ class Calls(TorchDispatchMode):
         if name in ("mm", "addmm", "bmm", "attention_fwd", "attention_bwd"):
             self.counts["mm" if name.endswith("mm") else name] += 1
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_flop_counter_sees_every_product(autocast):
+    block, (x, residual) = make(), inputs()
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
+        with FlopCounterMode(display=False) as counter:
+            total(block(x.requires_grad_(), residual)).backward()
+    matrices = sum(w.numel() for w in weights(block) if w.dim() == 2)
+    assert counter.get_total_flops() == 3 * 2 * B * T * matrices
 
 
 MATRICES = [i for i, name in enumerate(NAMES) if "norm" not in name]
