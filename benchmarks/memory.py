@@ -13,6 +13,7 @@ those of one forward: 3 is the least. Times are medians of interleaved rounds on
 """
 
 import statistics
+import sys
 import time
 
 import torch
@@ -147,10 +148,16 @@ def measure(config, batch, tokens, dtype, rounds):
 
 
 def run(args):
+    for name in ("batch", "rounds", "threads"):
+        if getattr(args, name) < 1:
+            sys.exit(f"benchmarks: --{name}: expected 1 or more, got {getattr(args, name)}")
+    try:
+        config = LlamaConfig(dim=args.dim, n_layers=1, n_heads=args.heads, vocab_size=1,
+                             n_kv_heads=args.kv_heads, max_seq_len=args.tokens)
+    except ValueError as error:
+        sys.exit(f"benchmarks: {error}")
     reuse_freed_memory()
     torch.set_num_threads(args.threads)
-    config = LlamaConfig(dim=args.dim, n_layers=1, n_heads=args.heads, n_kv_heads=args.kv_heads,
-                         vocab_size=1, max_seq_len=args.tokens)
     print(f"One block, {config.dim} wide, {config.n_heads} heads, {config.n_kv_heads} of keys and "
           f"values, feed-forward {config.hidden_dim}; {args.batch} x {args.tokens} tokens; torch "
           f"{torch.__version__}, {args.threads} threads, {args.rounds} rounds")

@@ -1,11 +1,11 @@
-"""The transformer block as one autograd function with a backward written by hand, as the LLaMA paper
-has it (arXiv 2302.13971, section 2.3).
+"""The transformer block as one autograd function with a backward written by hand, as the LLaMA
+paper has it (arXiv 2302.13971, section 2.3).
 
-The forward keeps what is expensive to make again: the linear layers' outputs (queries and keys after
-their rotation), the attention's output and log-sum-exp, and the residual stream as it came in. The
-backward makes the cheap rest again with the fused kernels: both norms and the SwiGLU product. No
-matrix product and no attention runs twice. Kept per token, in elements: 4 C + 2 Hkv D + 2 F, and H
-fp32 numbers; C of it is the stream, wider than the rest under autocast.
+The forward keeps what is expensive to make again: the linear layers' outputs (queries and keys
+after their rotation), the attention's output and log-sum-exp, and the residual stream as it came
+in. The backward makes the cheap rest again with the fused kernels: both norms and the SwiGLU
+product. No matrix product and no attention runs twice. Kept per token, in elements:
+4 C + 2 Hkv D + 2 F, and H fp32 numbers; C of it is the stream, fp32 under autocast too.
 
 B batch, T tokens, C width, H heads, Hkv key/value heads, D head dim, F feed-forward width.
 """
@@ -209,8 +209,8 @@ class _Block(torch.autograd.Function):
                 dx, *dweights = _backward(doutput, dstream, kept, cos, sin, weights, ctx.options,
                                           need)
         x_dtype, residual_dtype = ctx.dtypes
-        return (dx.to(x_dtype) if need_x else None, dx.to(residual_dtype) if need_residual else None,
-                None, None, None, *dweights)
+        return (dx.to(x_dtype) if need_x else None,
+                dx.to(residual_dtype) if need_residual else None, None, None, None, *dweights)
 
 
 def _no_autocast(x):
