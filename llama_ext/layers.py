@@ -93,8 +93,8 @@ class RotaryEmbedding(nn.Module):
         self._fill(self.cos.shape[0], self.cos.device)
         return self
 
-    def forward(self, q, k, start_pos=0, positions=None):
-        """q (B, T, H, D) and k (B, T, Hkv, D), rotated.
+    def tables(self, tokens, start_pos=0, positions=None, dtype=torch.float32):
+        """cos and sin of T = `tokens` tokens, (T, D/2) or (B, T, D/2), for data of this dtype.
 
         Token t stands at position start_pos + t (the tables grow when that exceeds them), or at
         positions[b, t], int64 (B, T), if given; those must lie below max_seq_len, checked on the
@@ -102,7 +102,7 @@ class RotaryEmbedding(nn.Module):
         positions outside the tables.
         """
         if positions is None:
-            end = start_pos + q.shape[1]
+            end = start_pos + tokens
             if start_pos < 0:
                 raise ValueError(f"RotaryEmbedding: start_pos: expected >= 0, got {start_pos}")
             if end > self.cos.shape[0]:
@@ -115,8 +115,15 @@ class RotaryEmbedding(nn.Module):
                 f"RotaryEmbedding: positions: expected 0 to {length - 1} (max_seq_len - 1), "
                 "got some outside")
             cos, sin = self.cos[positions], self.sin[positions]          # (B, T, D/2)
-        acc = torch.promote_types(q.dtype, torch.float32)
-        cos, sin = cos.to(acc), sin.to(acc)
+        acc = torch.promote_types(dtype, torch.float32)
+        return cos.to(acc), sin.to(acc)
+
+    def forward(self, q, k, start_pos=0, positions=None):
+        """q (B, T, H, D) and k (B, T, Hkv, D), rotated.
+
+        start_pos, positions: where the tokens stand, as in tables().
+        """
+        cos, sin = self.tables(q.shape[1], start_pos, positions, q.dtype)
         return rope_qk(q, k, cos, sin, self.interleaved)
 
     def extra_repr(self):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .block import fused_block, why_composed
 from .layers import CausalSelfAttention, FeedForward, RMSNorm, RotaryEmbedding
 from .ops import linear_cross_entropy
 
@@ -110,7 +111,8 @@ class KVCache:
 class TransformerBlock(nn.Module):
     """One pre-norm layer. It takes and returns a pair: the newest sub-layer's output x, and the
     residual stream it has yet to be added to, both (B, T, C), so that each addition and the norm
-    behind it are one kernel."""
+    behind it are one kernel. In training it is one autograd function with a hand-written backward;
+    block.why_composed tells when it is not."""
 
     def __init__(self, config, rotary, device=None, dtype=None):
         super().__init__()
@@ -123,6 +125,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, residual=None, start_pos=0, cache=None):
         """residual None: x is itself the stream, as in the first layer."""
+        if cache is None and why_composed(self) is None:
+            return fused_block(self, x, residual, start_pos)
         if residual is None:
             h, residual = self.attention_norm(x), x
         else:
