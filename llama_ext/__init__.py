@@ -8,6 +8,7 @@ from .info import info
 from .model import Llama, LlamaConfig
 from .ops import (attention, cross_entropy, linear_cross_entropy, rmsnorm, rmsnorm_residual, rope,
                   rope_qk, swiglu)
+from .patch import patch_hf, unpatch_hf
 
 __version__ = "0.1.0"
 
