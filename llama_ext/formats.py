@@ -314,8 +314,8 @@ def _joined(file, name, parts, dim):
         axis = int(name.endswith(("wo.weight", "w2.weight")))
     for part in parts:
         if part.dtype != parts[0].dtype or part.shape[1 - axis] != shape[1 - axis]:
-            raise LlamaExtError(f"{file.parent}: {name}: expected parts of one dtype, and one shape "
-                                f"but in dimension {axis}, got {shape} and {part.shape}")
+            raise LlamaExtError(f"{file.parent}: {name}: expected parts of one dtype, and of one "
+                                f"shape but in dimension {axis}, got {shape} and {part.shape}")
     full = list(shape)
     full[axis] = sum(part.shape[axis] for part in parts)
     return Entry(tuple(full), parts[0].dtype,

@@ -30,7 +30,7 @@ def load(path, dtype=None, device="cpu"):
 
 
 def save(model, path, dtype=None, shard_size="5GB", tokenizer=None):
-    """Write the Llama `model` as a new Hugging Face folder that transformers' from_pretrained reads.
+    """Write the Llama `model` as a new Hugging Face folder, for transformers' from_pretrained.
 
     dtype, shard_size: as `convert`. tokenizer: a folder whose tokenizer files go along. Raises
     ValueError for wrong options, LlamaExtError when `path` exists or cannot be written.

@@ -99,28 +99,30 @@ def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_functio
     the queries at its last T columns, or sdpa's (B, 1, T, S) for all else."""
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    plain = mask_function is causal_mask_function or (local_size and allow_is_causal_skip)
-    if use_vmap or not plain or torch.compiler.is_compiling():
+    def sdpa(skip):
         return sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
             kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
-            local_size=local_size, use_vmap=use_vmap, device=device, allow_is_causal_skip=(
-                allow_is_causal_skip and (q_length == 1 or q_length == kv_length)), **kwargs)
+            local_size=local_size, use_vmap=use_vmap, device=device, allow_is_causal_skip=skip,
+            **kwargs)
+
+    plain = mask_function is causal_mask_function or (local_size and allow_is_causal_skip)
+    if use_vmap or not plain or torch.compiler.is_compiling():
+        return sdpa(allow_is_causal_skip and q_length in (1, kv_length))
     begin = int(kv_offset)
     end = int(q_offset) + q_length - begin  # a static cache has room for more keys than there are
     if attention_mask is None:
         valid = torch.ones(batch_size, end, dtype=torch.bool, device=device)
         return None if end == kv_length else valid
+    if attention_mask.shape[1] < begin + end:
+        return sdpa(False)
     valid = attention_mask[:, begin:begin + end]
     if end == kv_length and valid.all():
         return None
     if local_size:  # in a packed row a window would reach over a gap
         runs = valid[:, 0] + (valid[:, 1:] & ~valid[:, :-1]).sum(-1)
         if (runs > 1).any():
-            return sdpa_mask(
-                batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-                kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
-                allow_is_causal_skip=False, device=device, **kwargs)
+            return sdpa(False)
     return valid
 
 
@@ -188,6 +190,7 @@ def patch_hf(model):
     window, padding on either side; other masks go to torch's sdpa: `patch.fallbacks` counts them,
     the first is logged), SwiGLU, and in training with labels the loss, which comes from the hidden
     states without any logits: `logits` of the output is then None. In eval mode logits are there.
+    Saving by save_pretrained or state_dict is as ever; to pickle the model itself, unpatch it.
     Returns {"rmsnorm": n, "rope": n, "attention": n, "swiglu": n, "linear_cross_entropy": n,
     "kept": [what was left as it is, and why]}, n the modules swapped.
     Raises ValueError for a model with nothing to swap, or already patched.

@@ -31,7 +31,8 @@ def check_rope_scaling(scaling):
                          f"got {kind!r}")
     wanted = _FIELDS[kind]
     if sorted(fields) != sorted(wanted):
-        raise ValueError(f"rope_scaling: {kind}: expected the fields {', '.join(wanted) or 'none'}, "
+        raise ValueError(f"rope_scaling: {kind}: expected the fields "
+                         f"{', '.join(wanted) or 'none'}, "
                          f"got {', '.join(sorted(map(str, fields))) or 'none'}")
     for name, value in fields.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
@@ -43,7 +44,7 @@ def check_rope_scaling(scaling):
 
 
 def rope_frequencies(head_dim, theta, scaling=None):
-    """Radians per position of each pair, (head_dim / 2,), fp64 on the CPU (arXiv 2104.09864, eq. 15).
+    """Radians per position of each pair, (head_dim / 2,), fp64 (arXiv 2104.09864, eq. 15).
 
     scaling, as check_rope_scaling returns it: "linear" divides all by factor (arXiv 2306.15595);
     "llama3" divides those that turn less than low_freq_factor times within

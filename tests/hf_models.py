@@ -1,5 +1,6 @@
 """Tiny models in every format, for the tests that convert them."""
 
+import dataclasses
 import json
 
 import torch
@@ -45,7 +46,7 @@ def theirs(config, dtype=torch.float32):
     return model.to(dtype).eval()
 
 
-def save_meta(model, folder, ranks=1, split_vocabulary=False, drop=()):
+def save_meta(model, folder, ranks=1, split_vocabulary=False):
     """Meta's files of our model: each rank's parts as their model-parallel code cuts them."""
     folder.mkdir()
     c = model.config
@@ -62,13 +63,17 @@ def save_meta(model, folder, ranks=1, split_vocabulary=False, drop=()):
             elif name == "tok_embeddings.weight":
                 axis = 0 if split_vocabulary else 1
             state[name] = (p if axis is None else p.chunk(ranks, axis)[rank]).clone()
-        torch.save({k: v for k, v in state.items() if k not in drop},
-                   folder / f"consolidated.{rank:02d}.pth")
+        torch.save(state, folder / f"consolidated.{rank:02d}.pth")
     params = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "vocab_size": -1,
               "n_kv_heads": c.n_kv_heads, "norm_eps": c.norm_eps, "multiple_of": 32,
               "rope_theta": c.rope_theta, "max_seq_len": c.max_seq_len}
     (folder / "params.json").write_text(json.dumps(params))
     return folder
+
+
+def even_vocabulary(model):
+    """Its like with a vocabulary that two ranks can share."""
+    return ours(dataclasses.replace(model.config, vocab_size=102))
 
 
 def same_weights(a, b):

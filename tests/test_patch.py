@@ -54,7 +54,7 @@ def padded(side):
 
 
 def run(model, mask=None):
-    """Logits, loss and gradients of a forward with labels; what is masked out counts for nothing."""
+    """Logits, loss, gradients of a forward with labels; what is masked out counts for nothing."""
     ids = tokens()
     mask = torch.ones_like(ids) if mask is None else mask
     labels = ids.masked_fill(mask == 0, -100)
@@ -140,6 +140,19 @@ def test_bf16():
     reference = exact(model)
     with torch.no_grad():
         check(patched(tokens()).logits, reference(tokens()).logits, model(tokens()).logits)
+
+
+def test_autocast():
+    model, ids = make(), tokens()
+    patched = copy.deepcopy(model)
+    lx.patch_hf(patched)
+    with torch.autocast("cpu", torch.bfloat16):
+        base, out = (m.train()(ids, labels=ids, attention_mask=padded("left"))
+                     for m in (model, patched))
+    reference = exact(model)(ids, labels=ids, attention_mask=padded("left"))
+    check(out.loss, reference.loss, base.loss, dtype=torch.bfloat16)
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in patched.parameters())
 
 
 def test_logits_are_skipped_in_training_alone():
