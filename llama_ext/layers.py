@@ -125,7 +125,8 @@ class RotaryEmbedding(nn.Module):
 
     def extra_repr(self):
         return (f"{self.head_dim}, theta={self.theta}, max_seq_len={self.cos.shape[0]}, "
-                f"interleaved={self.interleaved}, scaling={self.scaling}")
+                f"interleaved={self.interleaved}"
+                + (f", scaling={self.scaling}" if self.scaling else ""))
 
 
 class CausalSelfAttention(nn.Module):
