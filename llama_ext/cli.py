@@ -1,5 +1,5 @@
 """The command line, `llama-ext` or `python -m llama_ext`: info, prepare, mixture, train, generate,
-estimate.
+estimate, convert.
 
 Each command's options are added, and its libraries imported, only when it is the one that runs.
 Every foreseeable failure ends in one sentence on stderr. Exit codes: 2 for wrong options, 128 plus
@@ -202,6 +202,28 @@ def _run_estimate(options):
         raise LlamaExtError(what_to_change)
 
 
+def _convert_options(parser):
+    from .convert import FORMATS
+
+    parser.add_argument("input", help="folder of the model: Hugging Face's (config.json), Meta's "
+                        "(params.json), or a run's or checkpoint's of ours")
+    parser.add_argument("out", help="the new folder")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="format to write")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"),
+                        help="of the output (default: each tensor's own)")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="bytes in a file of "
+                        "hf at most; meta and ours have one file (default: %(default)s)")
+    parser.set_defaults(run_command=_run_convert)
+
+
+def _run_convert(options):
+    from .convert import convert
+
+    lacks = convert(options["input"], options["out"], options["to"], options["dtype"],
+                    options["shard_size"])
+    print(f"model: {options['out']}" + (f"\nnote: {lacks}" if lacks else ""))
+
+
 _COMMANDS = {
     "info": ("show versions and which kernels serve which tensors", _info_options),
     "prepare": ("turn text into a vocabulary and token shards", _prepare_options),
@@ -210,6 +232,7 @@ _COMMANDS = {
     "generate": ("let a trained model write", _generate_options),
     "estimate": ("say what training or serving a model takes: memory, FLOPs, time",
                  _estimate_options),
+    "convert": ("turn a model into Hugging Face's, Meta's or our format", _convert_options),
 }
 
 

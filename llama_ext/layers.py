@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .ops import attention, rmsnorm, rmsnorm_residual, rope_qk, swiglu
+from .rope_scaling import check_rope_scaling, rope_frequencies
 
 
 class RMSNorm(nn.Module):
@@ -66,25 +67,28 @@ class RotaryEmbedding(nn.Module):
     p / theta^(2i / head_dim).
 
     interleaved=True rotates the pairs (2i, 2i+1), as Meta's weights want it; False the pairs
-    (i, i + head_dim/2), as Hugging Face's. One module may serve every layer of a model.
+    (i, i + head_dim/2), as Hugging Face's. One module may serve every layer of a model. scaling:
+    None, or a dict as in a Hugging Face config for rope type "llama3" or "linear", see
+    rope_scaling.py. Raises ValueError for an odd head_dim and a scaling that is none of these.
 
     cos and sin, (max_seq_len, head_dim/2), are made in fp64 and rounded once to fp32. They follow
     the module between devices, stay fp32 whatever dtype it is cast to, are right even after
     to_empty(), and are in no state_dict.
     """
 
-    def __init__(self, head_dim, theta=10000.0, max_seq_len=2048, interleaved=True, device=None):
+    def __init__(self, head_dim, theta=10000.0, max_seq_len=2048, interleaved=True, device=None,
+                 scaling=None):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"RotaryEmbedding: head_dim: expected an even number, got {head_dim}")
         self.head_dim, self.theta, self.interleaved = head_dim, theta, interleaved
+        self.scaling = check_rope_scaling(scaling)
         self._fill(max_seq_len, torch.get_default_device() if device is None else device)
 
     @torch.inference_mode(False)  # tables first grown while generating must serve training too
     def _fill(self, length, device):
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
         position = torch.arange(length, dtype=torch.float64, device="cpu")
-        angle = torch.outer(position, self.theta ** (-exponent / self.head_dim))
+        angle = torch.outer(position, rope_frequencies(self.head_dim, self.theta, self.scaling))
         self.register_buffer("cos", angle.cos().float().to(device), persistent=False)
         self.register_buffer("sin", angle.sin().float().to(device), persistent=False)
 
@@ -128,7 +132,8 @@ class RotaryEmbedding(nn.Module):
 
     def extra_repr(self):
         return (f"{self.head_dim}, theta={self.theta}, max_seq_len={self.cos.shape[0]}, "
-                f"interleaved={self.interleaved}")
+                f"interleaved={self.interleaved}"
+                + (f", scaling={self.scaling}" if self.scaling else ""))
 
 
 class CausalSelfAttention(nn.Module):

@@ -13,6 +13,7 @@ from torch import nn
 from .block import fused_block, why_composed
 from .layers import CausalSelfAttention, FeedForward, RMSNorm, RotaryEmbedding
 from .ops import linear_cross_entropy
+from .rope_scaling import check_rope_scaling
 
 _PRESETS = {
     "tiny": {"dim": 320, "n_layers": 6, "n_heads": 5, "vocab_size": 4096, "multiple_of": 64,
@@ -30,6 +31,7 @@ class LlamaConfig:
 
     n_kv_heads None becomes n_heads; hidden_dim None becomes the paper's 2/3 * 4 * dim, rounded up
     to a multiple of multiple_of. tie_embeddings: the output layer is the embedding table.
+    rope_scaling: None, or a dict as in a Hugging Face config, of rope_type "llama3" or "linear".
     """
 
     dim: int = 512
@@ -43,6 +45,7 @@ class LlamaConfig:
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_embeddings: bool = False
+    rope_scaling: dict | None = None
 
     def __post_init__(self):
         if self.n_kv_heads is None:
@@ -61,6 +64,10 @@ class LlamaConfig:
                      f"a divisor of n_heads = {self.n_heads}")
         self._expect("norm_eps", self.norm_eps >= 0, "a number >= 0")
         self._expect("rope_theta", self.rope_theta > 0, "a number > 0")
+        try:
+            self.rope_scaling = check_rope_scaling(self.rope_scaling)
+        except ValueError as error:
+            raise ValueError(f"LlamaConfig: {error}") from None
 
     def _expect(self, name, ok, expected):
         if not ok:
@@ -149,7 +156,8 @@ class Llama(nn.Module):
         self.config = config
         options = {"device": device, "dtype": dtype}
         rotary = RotaryEmbedding(config.dim // config.n_heads, config.rope_theta,
-                                 config.max_seq_len, device=device)
+                                 config.max_seq_len, device=device,
+                                 scaling=config.rope_scaling)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, **options)
         self.layers = nn.ModuleList(
             TransformerBlock(config, rotary, **options) for _ in range(config.n_layers))
