@@ -94,8 +94,12 @@ def _run_train(options):
 def _generate_options(parser):
     parser.add_argument("--run", required=True,
                         help="a run's folder, whose newest checkpoint is taken, or a checkpoint's")
-    parser.add_argument("--prompt", default="", help="text to continue; - reads it from stdin "
-                        "(default: none, the beginning of a new text)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; - "
+                        "reads it from stdin; may be given several times (default: none, the "
+                        "beginning of a new text)")
+    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line; in a "
+                        ".jsonl file, each line an object with the entry \"prompt\" "
+                        "(default: none)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens to add at most; "
                         "fewer where the text ends or fills the model's context "
                         "(default: %(default)s)")
@@ -103,30 +107,89 @@ def _generate_options(parser):
                         "probable token; 1: as the model says (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the most probable "
                         "tokens that together have this probability (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="of the draws (default: another every time)")
+    parser.add_argument("--top-k", type=int, help="draw from this many most probable tokens "
+                        "(default: all)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before "
+                        "this text; may be given several times (default: none)")
+    parser.add_argument("--seed", type=int, help="of the draws for the first prompt, one more for "
+                        "each after it (default: another every time)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts to continue at a time "
+                        "(default: %(default)s)")
+    parser.add_argument("--jsonl", action="store_true", help="print a JSON object a line for each "
+                        "prompt, with the entries prompt and text")
     parser.set_defaults(run_command=_run_generate)
 
 
 def _run_generate(options):
     from . import checkpoint
-    from .generate import stream
+    from .generate import stream_text
 
-    prompt = options["prompt"]
-    prompt = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
-    try:
-        prompt = prompt.decode()
-    except UnicodeDecodeError as error:
-        raise LlamaExtError(f"generate: --prompt: expected UTF-8 text, got byte "
-                            f"{prompt[error.start]:#04x} at {error.start}") from None
-    model, tokenizer = checkpoint.load_model(checkpoint.find(options["run"]))
-    ids = tokenizer.encode(prompt, bos=True)
-    new_ids = stream(model, ids, options["max_new_tokens"], temperature=options["temperature"],
-                     top_p=options["top_p"], seed=options["seed"], eos_id=tokenizer.eos_id)
+    run, jsonl, file = (options.pop(name) for name in ("run", "jsonl", "prompts_file"))
+    prompts = _read_prompts(options.pop("prompt"), file)
+    model, tokenizer = checkpoint.load_model(checkpoint.find(run))
+    pieces = stream_text(model, tokenizer, prompts, **options)
     sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every character
-    print(prompt, end="", flush=True)
-    for text in tokenizer.stream_decode(new_ids):
-        print(text, end="", flush=True)
-    print()
+    for i, (prompt, texts) in enumerate(zip(prompts, _in_order(pieces, len(prompts)))):
+        if jsonl:
+            print(json.dumps({"prompt": prompt, "text": "".join(texts)}), flush=True)
+            continue
+        if len(prompts) > 1:
+            print(f"--- {i + 1} of {len(prompts)} ---")
+        print(prompt, end="", flush=True)
+        for text in texts:
+            print(text, end="", flush=True)
+        print()
+
+
+def _in_order(pieces, count):
+    """For each of `count` prompts, an iterator over its texts in stream_text's pieces, which must
+    be read to its end; what comes for later prompts meanwhile is kept."""
+    kept = [[] for _ in range(count)]
+
+    def texts(i):
+        while True:
+            while kept[i]:
+                text = kept[i].pop(0)
+                if text is None:
+                    return
+                yield text
+            j, text = next(pieces)
+            kept[j].append(text)
+    return map(texts, range(count))
+
+
+def _read_prompts(prompts, file):
+    """The texts of --prompt and of the lines of --prompts-file; [""] when neither is given."""
+    if prompts is None and file is None:
+        return [""]
+    prompts = [_utf8("--prompt", sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
+               for prompt in prompts or []]
+    if file is None:
+        return prompts
+    with open(file, "rb") as f:
+        lines = _utf8(file, f.read()).split("\n")
+    for number, line in enumerate(lines, 1):
+        if not (line := line.removesuffix("\r")):
+            continue
+        if file.endswith(".jsonl"):
+            try:
+                line = json.loads(line)["prompt"]
+                line.encode()
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise LlamaExtError(f"{file}: line {number}: expected a JSON object with a text "
+                                    "\"prompt\"") from None
+        prompts.append(line)
+    if not prompts:
+        raise LlamaExtError(f"{file}: expected at least one prompt, got an empty file")
+    return prompts
+
+
+def _utf8(where, data):
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise LlamaExtError(f"generate: {where}: expected UTF-8 text, got byte "
+                            f"{data[error.start]:#04x} at {error.start}") from None
 
 
 _COMMANDS = {

@@ -78,9 +78,10 @@ def test_generate_streams_whole_characters_as_they_come(work, monkeypatch, capsy
     seen = []
 
     def ids(model, prompt_ids, count, **options):
-        assert options == {"temperature": 0.8, "top_p": 0.95, "seed": None, "eos_id": 2}
-        for token in tokenizer.encode("\U0001f600é x"):
-            yield token
+        assert options == {"temperature": 0.8, "top_p": 0.95, "top_k": None, "seed": None,
+                           "eos_id": 2, "batch_size": 16, "ended": set()}
+        for token in [*tokenizer.encode("\U0001f600é x"), None]:
+            yield 0, token
             seen.append(capsys.readouterr().out)
     _, tokenizer = checkpoint.load_model(checkpoint.latest(work / "run"))
     monkeypatch.setattr("llama_ext.generate.stream", ids)
@@ -119,7 +120,7 @@ def test_help_gives_every_options_default(command, capsys):
     optional = [o for o in options if o.split()[0] not in ("--out", "--data", "--run")]
     assert all("(default: " in option for option in optional), optional
     assert len(options) == {"info": 0, "prepare": 7, "train": len(dataclasses.fields(TrainConfig)),
-                            "generate": 6}[command]
+                            "generate": 10}[command]
 
 
 def sentence(capsys, argv):
@@ -157,6 +158,9 @@ def test_wrong_usage_is_one_sentence_and_2(argv, expected, capsys, tmp_path, mon
     (["--temperature=-1"], "temperature: expected a number >= 0, got -1.0"),
     (["--top-p=0"], "top_p: expected above 0 and at most 1, got 0.0"),
     (["--max-new-tokens=-4"], "max_new_tokens: expected >= 0, got -4"),
+    (["--top-k=0"], "top_k: expected >= 1 or None, got 0"),
+    (["--batch-size=0"], "batch_size: expected >= 1, got 0"),
+    (["--stop="], "stop: expected texts of at least one character, got ''"),
     (["--prompt", "word " * 99], r"prompt_ids: expected 1 to max_seq_len = 32 ids, got \d+")])
 def test_generate_rejects_options_out_of_range(work, options, expected, capsys):
     code, err = sentence(capsys, ["generate", "--run", work / "run", *options])
