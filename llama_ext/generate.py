@@ -73,14 +73,17 @@ def _stream(model, prompts, max_new_tokens, batch_size, eos_id, seed, ended, how
     work = {}  # row of the cache -> the prompt it serves
     lengths, draws, new = [0] * size[0], {}, {}  # of rows: positions held, draws left, new tokens
     while waiting or work:
+        joining = 0  # tokens of the prompts that join in this pass
         for row in range(size[0]):
-            pending = sum(map(len, new.values()))
-            if row not in work and waiting and (
-                    not new or pending + len(prompts[waiting[0]]) <= PROMPT_TOKENS):
-                i = work[row] = waiting.popleft()
-                new[row], lengths[row] = prompts[i], 0
-                draws[row] = iter(torch.rand(limits[i] - len(prompts[i]),
-                                             generator=torch.Generator().manual_seed(seed + i)))
+            if row in work or not waiting:
+                continue
+            joining += len(prompts[waiting[0]])
+            if joining > max(PROMPT_TOKENS, len(prompts[waiting[0]])):
+                break
+            i = work[row] = waiting.popleft()
+            new[row], lengths[row] = prompts[i], 0
+            draws[row] = iter(torch.rand(limits[i] - len(prompts[i]),
+                                         generator=torch.Generator().manual_seed(seed + i)))
         order = sorted(work)
         rows = CacheRows(order, [lengths[row] for row in order], [len(new[row]) for row in order],
                          size, weight.device)

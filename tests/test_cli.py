@@ -89,6 +89,46 @@ def test_generate_streams_whole_characters_as_they_come(work, monkeypatch, capsy
     assert seen[:4] == ["<", "", "", "\U0001f600"] and "".join(seen) == "<\U0001f600é x"
 
 
+def test_generate_many_prompts(work, tmp_path, capsys):
+    """From options and files; each text as its prompt gets it alone, in the prompts' order."""
+    generate = ["generate", "--run", str(work / "run"), "--max-new-tokens=9", "--top-k=50"]
+    prompts = ["naïve", "x y", "a def the", "print 3"]
+    alone = []
+    for i, prompt in enumerate(prompts):
+        assert cli.main([*generate, "--prompt", prompt, f"--seed={4 + i}"]) == 0
+        alone.append(capsys.readouterr().out.removesuffix("\n"))
+    (tmp_path / "p.txt").write_text("a def the\r\n\nprint 3\n")
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt, "id": 7}) + "\n" for prompt in prompts[1:]))
+    many = [*generate, "--seed=4", "--prompt=naïve"]
+    assert cli.main([*many, "--prompt=x y", "--prompts-file", str(tmp_path / "p.txt"),
+                     "--batch-size=3"]) == 0
+    assert capsys.readouterr().out == "".join(
+        f"--- {i + 1} of 4 ---\n{text}\n" for i, text in enumerate(alone))
+    stop = alone[2][-3:]
+    assert cli.main([*many, "--prompts-file", str(tmp_path / "p.jsonl"), "--stop", stop,
+                     "--stop=never", "--jsonl"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{"prompt": p, "text": text.removeprefix(p).split(stop)[0]}
+                     for p, text in zip(prompts, alone)]
+    assert prompts[2] + lines[2]["text"] != alone[2]
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("p.txt", b"\n", "p.txt: expected at least one prompt, got an empty file"),
+    ("p.txt", b"caf\xe9", "p.txt: expected UTF-8 text, got byte 0xe9 at 3"),
+    ("p.jsonl", b'{"prompt": "a"}\n{"text": 1}', "line 2: expected a JSON object with a text"),
+    ("p.jsonl", b'{"prompt": 3}', "line 1: expected a JSON object with a text"),
+    ("p.jsonl", b"plain", "line 1: expected a JSON object with a text"),
+    ("none.txt", None, "none.txt: No such file or directory")])
+def test_prompts_files_that_are_none(work, tmp_path, name, content, expected, capsys):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    code, err = sentence(capsys, ["generate", "--run", work / "run", "--prompts-file",
+                                  tmp_path / name])
+    assert code == 1 and expected in err
+
+
 def test_info_is_json(capsys):
     assert cli.main(["info"]) == 0
     assert json.loads(capsys.readouterr().out)["cpu"]["isa"]
