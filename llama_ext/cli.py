@@ -1,4 +1,5 @@
-"""The command line, `llama-ext` or `python -m llama_ext`: info, prepare, train, generate.
+"""The command line, `llama-ext` or `python -m llama_ext`: info, prepare, train, generate,
+eval.
 
 Each command's options are added, and its libraries imported, only when it is the one that runs.
 Every foreseeable failure ends in one sentence on stderr. Exit codes: 2 for wrong options, 128 plus
@@ -192,11 +193,35 @@ def _utf8(where, data):
                             f"{data[error.start]:#04x} at {error.start}") from None
 
 
+def _eval_options(parser):
+    parser.add_argument("--run", required=True,
+                        help="a run's folder, whose newest checkpoint is taken, or a checkpoint's")
+    parser.add_argument("--tasks", default="builtin", metavar="NAME,...", help="tasks that lm-eval "
+                        "knows, with data from the Hugging Face hub (hellaswag,arc_easy), or the "
+                        "small ones that need no network: builtin (default: %(default)s)")
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question; the LLaMA "
+                        "paper has 0, 1, 5 and 64 (default: as each task says)")
+    parser.add_argument("--limit", type=int, help="questions of each task at most (default: all)")
+    parser.add_argument("--batch-size", type=int, default=16,
+                        help="requests in one pass at most (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="JSON file to write all results to "
+                        "(default: none)")
+    parser.set_defaults(run_command=_run_eval)
+
+
+def _run_eval(options):
+    from . import checkpoint, evaluate
+
+    model, tokenizer = checkpoint.load_model(checkpoint.find(options.pop("run")))
+    evaluate.run(model, tokenizer, options.pop("tasks").split(","), **options)
+
+
 _COMMANDS = {
     "info": ("show versions and which kernels serve which tensors", _info_options),
     "prepare": ("turn text into a vocabulary and token shards", _prepare_options),
     "train": ("train a LLaMA on prepared text, or go on with a run", _train_options),
     "generate": ("let a trained model write", _generate_options),
+    "eval": ("score a trained model on lm-eval's tasks", _eval_options),
 }
 
 
@@ -223,8 +248,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
     except ModuleNotFoundError as error:
+        extra = "train,eval" if argv[0] == "eval" else "train"
         return _fail(f"{argv[0]}: needs the Python package {error.name}: "
-                     "pip install 'llama_ext[train]'", 1)
+                     f"pip install 'llama_ext[{extra}]'", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at exit
         return _fail("stdout: the reader of the output has gone", 128 + signal.SIGPIPE)

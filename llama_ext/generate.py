@@ -86,7 +86,7 @@ def _stream(model, prompts, max_new_tokens, batch_size, eos_id, seed, ended, how
                                          generator=torch.Generator().manual_seed(seed + i)))
         order = sorted(work)
         rows = CacheRows(order, [lengths[row] for row in order], [len(new[row]) for row in order],
-                         size, weight.device)
+                         size, device=weight.device)
         tokens = torch.tensor([[*itertools.chain(*map(new.get, order))]], device=weight.device)
         logits = model(tokens, cache=cache, last_only=True, rows=rows)[0]  # (R, V)
         draw = torch.stack([next(draws[row]) for row in order]).to(logits.device)
@@ -127,7 +127,8 @@ def sample(logits, draw, temperature=1.0, top_p=1.0, top_k=None):
 
 
 def generate_text(model, tokenizer, prompts, max_new_tokens, *, stop=(), **options):
-    """The continuations, a list of str, of several prompts, a list of str.
+    """The continuations, a list of str, of several prompts: a list of str (encoded with
+    bos) or of lists of ids.
 
     stop: texts before the first of which a continuation ends; the one that is complete first
     counts, the longest of several that are. options: those of `generate`; eos_id is the
@@ -146,8 +147,10 @@ def stream_text(model, tokenizer, prompts, max_new_tokens, *, stop=(), **options
     if "" in stop:
         raise ValueError("generate: stop: expected texts of at least one character, got ''")
     ended = set()
-    ids = stream(model, [tokenizer.encode(prompt, bos=True) for prompt in prompts], max_new_tokens,
-                 eos_id=tokenizer.eos_id, ended=ended, **options)
+    prompt_ids = [tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
+                  for prompt in prompts]
+    ids = stream(model, prompt_ids, max_new_tokens, eos_id=tokenizer.eos_id, ended=ended,
+                 **options)
     return _stream_text(tokenizer, ids, len(prompts), tuple(stop), ended)
 
 

@@ -128,13 +128,14 @@ class CacheRows:
     """Where packed tokens go that continue R of a cache's B rows, each row by a number of its own.
 
     rows: rising row numbers; starts: the positions that each holds; counts: the tokens, 1 or more,
-    that each is continued by; all lists of R ints. size: (B, S) of the cache. The N = sum(counts)
-    tokens come one row after another, without padding.
-    Attributes, on `device`: positions, int64 (1, N); last, int64 (R,): which token is each row's
-    last. Raises ValueError when they do not fit into the cache.
+    that each is continued by; last_counts: of how many of those, the last ones, the model's
+    logits are wanted (default: 1 each); all lists of R ints. size: (B, S) of the cache. The
+    N = sum(counts) tokens come one row after another, without padding.
+    Attributes, on `device`: positions, int64 (1, N); last, int64 (sum(last_counts),): the indices
+    of the tokens whose logits are wanted. Raises ValueError when they do not fit into the cache.
     """
 
-    def __init__(self, rows, starts, counts, size, device=None):
+    def __init__(self, rows, starts, counts, size, last_counts=None, device=None):
         B, S = size
         ends = [start + count for start, count in zip(starts, counts)]
         if sorted(set(rows)) != rows or not 0 <= rows[0] <= rows[-1] < B:
@@ -145,10 +146,10 @@ class CacheRows:
                              f"the cache's {S} positions, got starts {starts}, counts {counts}")
         self._view = (rows[0], ends[0]) if len(rows) == 1 else None
         positions, slots, last, cu_q, cu_k = [], [], [], [0], [0]
-        for row, start, count, end in zip(rows, starts, counts, ends):
+        for row, start, end, wanted in zip(rows, starts, ends, last_counts or [1] * len(rows)):
             positions += range(start, end)
             slots += range(row * S + start, row * S + end)
-            last.append(len(positions) - 1)
+            last += range(len(positions) - wanted, len(positions))
             # A sequence without queries stands for the keys from one row's end to the next row.
             cu_q += [cu_q[-1], len(positions)]
             cu_k += [row * S, row * S + end]

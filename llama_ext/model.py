@@ -177,9 +177,9 @@ class Llama(nn.Module):
         these tokens; they are added to it. last_only: the logits of the last token alone,
         (B, 1, V). rows: a layers.CacheRows, for tokens (1, N) that continue rows of the cache which
         hold different numbers of positions; the caller keeps count of them, cache.length is not
-        used, and last_only gives each row's last token, (1, R, V). Raises ValueError for ids
-        outside the vocabulary (on CPU; elsewhere the device's own assertion fails), and for more
-        positions than max_seq_len or the cache has room for.
+        used, and last_only gives the tokens that are rows.last. Raises ValueError for ids outside
+        the vocabulary (on CPU; elsewhere the device's own assertion fails), and for more positions
+        than max_seq_len or the cache has room for.
         """
         if tokens.dim() != 2:
             raise ValueError(f"Llama: tokens: expected (B, T), got shape {tuple(tokens.shape)}")
