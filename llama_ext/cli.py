@@ -1,5 +1,4 @@
-"""The command line, `llama-ext` or `python -m llama_ext`: info, prepare, train, generate,
-eval.
+"""The command line, `llama-ext` or `python -m llama_ext`.
 
 Each command's options are added, and its libraries imported, only when it is the one that runs.
 Every foreseeable failure ends in one sentence on stderr. Exit codes: 2 for wrong options, 128 plus
@@ -210,10 +209,9 @@ def _eval_options(parser):
 
 
 def _run_eval(options):
-    from . import checkpoint, evaluate
+    from . import evaluate
 
-    model, tokenizer = checkpoint.load_model(checkpoint.find(options.pop("run")))
-    evaluate.run(model, tokenizer, options.pop("tasks").split(","), **options)
+    evaluate.run(tasks=options.pop("tasks").split(","), **options)
 
 
 _COMMANDS = {

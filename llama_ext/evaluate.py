@@ -7,6 +7,7 @@ no network.
 R requests in a batch, V vocabulary.
 """
 
+import functools
 import json
 import logging
 from pathlib import Path
@@ -20,7 +21,7 @@ from lm_eval.utils import (get_rolling_token_windows, handle_non_serializable, m
                            make_table)
 from tqdm import tqdm
 
-from . import evaltasks
+from . import checkpoint, evaltasks
 from .errors import LlamaExtError
 from .files import write_atomically
 from .generate import PROMPT_TOKENS, generate_text
@@ -35,8 +36,6 @@ class LanguageModel(LM):
 
     def __init__(self, model, tokenizer, batch_size=16):
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"eval: batch_size: expected >= 1, got {batch_size}")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.max_seq_len = model.config.max_seq_len
         self.cut = 0  # requests that were longer than max_seq_len
@@ -78,7 +77,7 @@ class LanguageModel(LM):
         for options, group in groups.items():
             options = normalize_gen_kwargs(json.loads(options))
             stop = [text for text in options.pop("until", []) if text]
-            options.pop("do_sample")
+            options.setdefault("temperature", 1.0 if options.pop("do_sample") else 0.0)
             count = options.pop("max_gen_toks")
             if unknown := options.keys() - {"temperature", "top_p", "top_k"}:
                 raise LlamaExtError("eval: generation options: expected until, max_gen_toks, "
@@ -152,27 +151,36 @@ def evaluate(model, tokenizer, tasks, *, num_fewshot=None, limit=None, batch_siz
     """What lm-eval's simple_evaluate finds, a dict: "results" has the metrics of each task; and
     "cut", the number of requests that were longer than the model's max_seq_len.
 
-    tasks: names that lm-eval knows (patterns with * too), those of evaltasks.py, or "builtin" for
-    all of the latter. num_fewshot: examples before each question (None: as the task says). limit:
-    questions of each task at most (None: all). Raises LlamaExtError for an unknown task and for
-    one whose data cannot be loaded, ValueError for other options out of range.
+    tasks: what load_tasks() takes or returns. num_fewshot: examples before each question (None: as
+    the task says). limit: questions of each task at most (None: all). Raises LlamaExtError as
+    load_tasks() does, ValueError for other options out of range.
     """
-    for name, value, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"eval: {name}: expected >= {least}, got {value}")
+    _validate(num_fewshot, limit, batch_size)
     lm = LanguageModel(model, tokenizer, batch_size)
     results = simple_evaluate(lm, tasks=load_tasks(tasks), num_fewshot=num_fewshot, limit=limit,
                               batch_size=batch_size, log_samples=False,
-                              task_manager=TaskManager(include_defaults=False))
+                              task_manager=_task_manager(False))
     return {**results, "cut": lm.cut}
 
 
-def load_tasks(names):
-    """The tasks of these names, with their data (from the hub, but for evaltasks.py's)."""
-    names = list(dict.fromkeys(one for name in names
+def _validate(num_fewshot, limit, batch_size):
+    for name, value, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1),
+                               ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"eval: {name}: expected >= {least}, got {value}")
+
+
+def load_tasks(tasks):
+    """lm-eval's task objects, with their data, of a list of names: those that lm-eval knows
+    (patterns with * too; data from the Hugging Face hub), those of evaltasks.py, or "builtin" for
+    all of the latter. What is no name is taken as it is.
+
+    Raises LlamaExtError for an unknown task and for one whose data cannot be loaded.
+    """
+    loaded = [task for task in tasks if not isinstance(task, str)]
+    names = list(dict.fromkeys(one for name in tasks if isinstance(name, str)
                                for one in (evaltasks.TASKS if name == "builtin" else [name])))
-    manager = TaskManager(include_defaults=not evaltasks.TASKS.keys() >= set(names))
-    loaded = []
+    manager = _task_manager(not evaltasks.TASKS.keys() >= set(names))
     for name in names:
         found = [evaltasks.TASKS[name]] if name in evaltasks.TASKS else manager.match_tasks([name])
         if not found:
@@ -193,14 +201,24 @@ def load_tasks(names):
     return loaded
 
 
-def run(model, tokenizer, tasks, out=None, **options):
-    """`evaluate` with its table printed, and all it found written to the file `out` as JSON.
+@functools.cache
+def _task_manager(with_lm_evals):
+    return TaskManager(include_defaults=with_lm_evals)  # reads thousands of files if so
+
+
+def run(run, tasks, out=None, **options):
+    """`evaluate` the checkpoint meant by the path `run`, print its table, and write all it found to
+    the file `out` as JSON.
 
     Raises LlamaExtError before it begins when `out` exists or its folder does not.
     """
+    _validate(**options)
     if out is not None and (Path(out).exists() or not Path(out).parent.is_dir()):
         raise LlamaExtError(f"{out}: expected a new file in a folder that exists")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it comments on what is as it should be
+    path = checkpoint.find(run)
+    tasks = load_tasks(tasks)
+    model, tokenizer = checkpoint.load_model(path)
     results = evaluate(model, tokenizer, tasks, **options)
     if out is not None:
         text = json.dumps(results, indent=1, default=handle_non_serializable)
