@@ -115,18 +115,44 @@ def _generate_options(parser):
                         "each after it (default: another every time)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts to continue at a time "
                         "(default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
+                        help="auto: a GPU where there is one (default: %(default)s)")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"],
+                        help="of weights and cache (default: %(default)s)")
+    parser.add_argument("--plan", action="store_true", help="print what memory this takes, and "
+                        "what is free, and stop before the weights are read")
     parser.add_argument("--jsonl", action="store_true", help="print a JSON object a line for each "
                         "prompt, with the entries prompt and text")
     parser.set_defaults(run_command=_run_generate)
 
 
 def _run_generate(options):
-    from . import checkpoint
+    import torch
+
+    from . import checkpoint, footprint
     from .generate import stream_text
 
-    run, jsonl, file = (options.pop(name) for name in ("run", "jsonl", "prompts_file"))
+    run, jsonl, file, device, dtype, plan = (
+        options.pop(name) for name in ("run", "jsonl", "prompts_file", "device", "dtype", "plan"))
     prompts = _read_prompts(options.pop("prompt"), file)
-    model, tokenizer = checkpoint.load_model(checkpoint.find(run))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("generate: device: expected auto or cpu where torch sees no GPU, got cuda")
+    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+    def before(model, tokenizer):
+        stream_text(model, tokenizer, prompts, **options)  # for the errors in prompts and options
+        lengths = [len(tokenizer.encode(prompt, bos=True)) for prompt in prompts]
+        needed = footprint.footprint(model, dtype, lengths, options["max_new_tokens"],
+                                     options["batch_size"])
+        if plan:
+            print(json.dumps({**needed, "total": sum(needed.values()),
+                              "free": footprint.free_memory(device), "device": str(device)}))
+        footprint.require(needed, device)
+        if plan:
+            raise SystemExit(0)
+
+    model, tokenizer = checkpoint.load_model(checkpoint.find(run), device, dtype, before)
     pieces = stream_text(model, tokenizer, prompts, **options)
     sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every character
     for i, (prompt, texts) in enumerate(zip(prompts, _in_order(pieces, len(prompts)))):

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from corpus import flip_bit, halve, write_texts
 from llama_ext import checkpoint, cli
@@ -129,6 +130,39 @@ def test_prompts_files_that_are_none(work, tmp_path, name, content, expected, ca
     assert code == 1 and expected in err
 
 
+def test_generate_in_bf16_and_its_plan(work, capsys, monkeypatch):
+    generate = ["generate", "--run", str(work / "run"), "--prompt=x", "--max-new-tokens=5",
+                "--temperature=0"]
+    dtypes, load = [], checkpoint.load_model
+
+    def load_model(*args):
+        model, tokenizer = load(*args)
+        dtypes.append({p.dtype for p in model.parameters()})
+        return model, tokenizer
+    monkeypatch.setattr(checkpoint, "load_model", load_model)
+    for dtype in ("fp32", "bf16"):
+        assert cli.main([*generate, "--dtype", dtype, "--device=cpu"]) == 0
+        assert capsys.readouterr().out.startswith("x")
+    assert dtypes == [{torch.float32}, {torch.bfloat16}]
+    plans = []
+    for dtype in ("fp32", "bf16"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([*generate, "--dtype", dtype, "--plan", "--device=cpu"])
+        plans.append(json.loads(capsys.readouterr().out))
+        plan = plans[-1]
+        assert plan["total"] == plan["weights"] + plan["cache"] + plan["workspace"] < plan["free"]
+        assert plan["device"] == "cpu"
+    assert plans[0]["cache"] == 2 * plans[1]["cache"] > 0
+    assert len(dtypes) == 2  # a plan reads no weights
+    monkeypatch.setattr("llama_ext.footprint.free_memory", lambda device: 10_000)
+    code, err = sentence(capsys, generate)
+    assert code == 1 and len(dtypes) == 2
+    assert re.search(r"fit into the 0.00 GB free on cpu, got weights \d\.\d\d MB, cache", err), err
+    if not torch.cuda.is_available():
+        code, err = sentence(capsys, [*generate, "--device=cuda"])
+        assert code == 2 and "device: expected auto or cpu where torch sees no GPU" in err
+
+
 def test_info_is_json(capsys):
     assert cli.main(["info"]) == 0
     assert json.loads(capsys.readouterr().out)["cpu"]["isa"]
@@ -150,7 +184,7 @@ def test_every_option_of_train_reaches_its_field(monkeypatch, tmp_path):
     assert seen == [TrainConfig(**given), TrainConfig("d", "r")]
 
 
-@pytest.mark.parametrize("command", ["info", "prepare", "train", "generate"])
+@pytest.mark.parametrize("command", ["info", "prepare", "train", "generate", "eval"])
 def test_help_gives_every_options_default(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
@@ -160,7 +194,7 @@ def test_help_gives_every_options_default(command, capsys):
     optional = [o for o in options if o.split()[0] not in ("--out", "--data", "--run")]
     assert all("(default: " in option for option in optional), optional
     assert len(options) == {"info": 0, "prepare": 7, "train": len(dataclasses.fields(TrainConfig)),
-                            "generate": 10}[command]
+                            "generate": 12, "eval": 6}[command]
 
 
 def sentence(capsys, argv):

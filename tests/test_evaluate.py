@@ -29,6 +29,15 @@ def no_network(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     words = " ".join(random.Random(0).choices(WORDS, k=4000))
