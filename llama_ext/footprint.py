@@ -32,9 +32,13 @@ def footprint(model, dtype, prompt_lengths, max_new_tokens, batch_size):
                  if name.endswith(("rotary.cos", "rotary.sin")))
     # Per token: the stream before and behind both additions (4 C), then gate, up and their product,
     # or queries and keys before and behind rotation, values, and the output; log-sum-exp, positions
-    # and the rotation's angles (fp32) too.
-    layer = (item * (4 * config.dim + max(3 * config.hidden_dim, 2 * config.dim + 4 * kv_dim))
-             + 8 * config.n_heads + 4 * (config.dim // config.n_heads) + 32)
+    # and the rotation's angles (fp32) too. A product of 16-bit matrices on a CPU may keep its sums
+    # in fp32 beside its result.
+    sums = 0 if item >= 4 else 4 * config.hidden_dim
+    widest = max(3 * item * config.hidden_dim, 2 * item * config.hidden_dim + sums,
+                 item * (2 * config.dim + 4 * kv_dim))
+    layer = (4 * item * config.dim + widest + 8 * config.n_heads
+             + 4 * (config.dim // config.n_heads) + 32)
     # Per logit: itself, and what sample() makes of it, sorting included.
     sampling = rows * config.vocab_size * (item + 48) + 3 * tokens * config.dim * item
     return {"weights": parameters + tables,
