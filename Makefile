@@ -10,8 +10,9 @@ TORCH ?= $(if $(shell nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 bin := .venv/bin
 data := out/data
 run := out/run
-vgpu_tests := $(patsubst %,tests/test_%.py,rmsnorm swiglu rope attention cross_entropy \
-  linear_cross_entropy contract registration layers trained_activations) $(wildcard tests/test_cuda_*)
+vgpu_tests := $(patsubst %,tests/test_%.py,rmsnorm swiglu rope attention attention_nonfinite \
+  cross_entropy linear_cross_entropy contract registration layers trained_activations) \
+  $(wildcard tests/test_cuda_*)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 demo: $(bin)/built

@@ -12,7 +12,8 @@ from tqdm import tqdm
 import llama_ext as lx
 from llama_ext import memory
 
-from . import counts
+from . import baseline, counts
+from .a100 import model, report
 from .cases import CASES
 from .timing import measure
 
@@ -87,7 +88,15 @@ def main():
         description=counts.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--ops", nargs="+", choices=sorted({case.op for case in counts.CASES}),
                          help="which ops (all when not given)")
-    command.set_defaults(run=counts.run)
+    command.add_argument("--save", action="store_true",
+                         help="renew benchmarks/baseline.json, which the tests compare with")
+    command.set_defaults(run=lambda args: baseline.save() if args.save else counts.run(args))
+    command = commands.add_parser(
+        "a100", help="modelled times of attention on an A100, and the model's check",
+        description=report.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--gpu", choices=model.GPUS, default="A100-80GB",
+                         help="which GPU (default: %(default)s)")
+    command.set_defaults(run=report.run)
     args = parser.parse_args()
     args.run(args)
 

@@ -1,3 +1,6 @@
+import os
+import random
+
 import pytest
 import torch
 
@@ -18,6 +21,13 @@ def pytest_configure(config):
         vgpu.library.activate()
     elif config.getoption("backend") == "cuda":
         torch.set_default_device("cuda")  # of every tensor that a test makes
+
+
+def pytest_collection_modifyitems(items):
+    """With a fault planted (vgpu/mutate.py), a random order comes sooner to a test that fails than
+    one subject after another."""
+    if "VGPU_MUTANT" in os.environ:
+        random.Random(0).shuffle(items)
 
 
 def pytest_report_header(config):

@@ -143,18 +143,6 @@ def test_scores_that_grow_along_the_keys(growth, T, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("T", [4, 150])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_not_finite_keys(value, T, dtype):
-    """One component of a key: scores are NaN, inf or -inf where it is seen. And all keys -inf."""
-    q, k, v = inputs(1, T, 150, 1, 1, 64, dtype)
-    k[0, 90, 0, 3] = value
-    check(q, k, v)
-    check(q, k, v, causal=False)
-    check(q.abs(), torch.full_like(k, -math.inf), v)
-
-
-@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("D, H, Hkv", [(64, 8, 1), (128, 4, 4), (128, 24, 2), (256, 3, 1),
                                        (80, 2, 2)])
 def test_few_queries_against_a_long_cache(D, H, Hkv, dtype):
@@ -219,29 +207,6 @@ def test_tokens_that_lie_beyond_2_to_the_31_elements():
         for to, values in zip(apart, (k, v)):
             to.copy_(values)
         check(q, *apart)
-
-
-@pytest.mark.parametrize("D", [64, 128])
-def test_traffic_and_tensor_work_against_the_ideal(vgpu, summary, D):
-    B, T, H, Hkv = 1, 2048, 4, 2
-    args = inputs(B, T, T, H, Hkv, D, torch.bfloat16)
-    lx.attention(*args)
-    log, = vgpu.take_log()
-    least = 2 * B * H * T * (T + 1) / 2 * D / (16 * 8 * 16)  # mma's of scores and of values
-    keys = {64: 64, 128: 32}[D]  # of a tile; on the diagonal half of it is hidden
-    diagonal = 2 * B * H * T * (keys - 1) / 2 * D / (16 * 8 * 16)
-    work = log["tensor"]
-    wavefronts = log["shared_wavefronts"] / log["shared_wavefronts_ideal"]
-    sectors = ((log["global_load_sectors"] + log["global_store_sectors"])
-               / (log["global_load_sectors_ideal"] + log["global_store_sectors_ideal"]))
-    size = (2 * args[0].numel() + 2 * args[1].numel()) * 2 + B * H * T * 4
-    moved = (log["global_unique_bytes_read"] + log["global_unique_bytes_written"]) / size
-    summary.append(f"attention forward, {B} x {T}, {H} heads, d{D}, bf16 causal, over the ideal: "
-                   f"tensor-core work {work / least:.3f}, shared wavefronts {wavefronts:.3f}, "
-                   f"sectors {sectors:.3f}, bytes {moved:.3f}; instructions per mma "
-                   f"{log['warp_instructions'] / work:.2f}")
-    assert work <= least + diagonal
-    assert wavefronts <= 1.02 and sectors <= 1.02 and moved <= 1.01
 
 
 # Of FlashAttention-2's forward on sm_80, compiled with nvcc 13.0.88: instructions per HMMA, shared

@@ -1,8 +1,6 @@
 """What is particular to the CUDA kernels of attention's backward: every way they take through
 tiles and options, called directly, with o and lse from the formula."""
 
-import math
-
 import pytest
 import torch
 
@@ -214,6 +212,24 @@ def tail(x):
     return wide[1:]
 
 
+@pytest.mark.parametrize("T, S", [(70, 6000), (6000, 70)])
+def test_heads_that_do_not_fit_the_cache_together(T, S):
+    """Blocks of some heads go before those of others; the last of these are fewer."""
+    check(*inputs(1, T, S, 4, 4, 256, torch.bfloat16), causal=False, window=50)
+
+
+def in_aligned_rows(x):
+    """x with the same values in rows of a wider buffer that all begin at multiples of 128 bytes."""
+    return torch.full((*x.shape[:-1], 64), float("nan"), dtype=x.dtype)[..., :x.shape[-1]].copy_(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [7, 52, 61])
+def test_odd_head_dims_in_aligned_rows(D, dtype):
+    q, k, v = (in_aligned_rows(t) for t in inputs(2, 70, 90, 2, 1, D, dtype))
+    check(q, k, v, dout_layout=in_aligned_rows)
+
+
 @pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("layout", [padded, shifted, tail])
 @pytest.mark.parametrize("D", [40, 64, 128])
@@ -250,46 +266,6 @@ def test_queries_that_see_nothing(dtype):
         q, k, v = inputs(2, 150, 20, 2, 1, D, dtype)
         dq, _, _ = check(q, k, v, dlse=True)
         assert (dq[:, :130] == 0).all() and (dq[:, 131:] != 0).any()
-
-
-@pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
-def test_not_a_number_reaches_who_sees_it(which, bad, D):
-    """Of query 100 of 150, or key 100: what depends on it is not finite, and no more than in the
-    formula, where a weight of 0 times NaN is NaN; tiles that do not see it have the same bits."""
-    T, at = 150, 100
-    q, k, v, dout = (randn(1, T, 1, D, dtype=torch.bfloat16) for _ in range(4))
-    o, lse, _ = reference(q, k, v, dout, None, {})
-    clean = backward(q, k, v, dout, o, lse)
-    {"q": q, "k": k, "v": v, "dout": dout}[which][0, at, 0, 3] = bad
-    knows = slice(at, T) if which in "kv" else slice(at, at + 1)
-    told = reference(q, k, v, dout, None, {})  # by the forward, the queries that see it
-    o[0, knows], lse[0, 0, knows] = told[0][0, knows], told[1][0, 0, knows]
-    true = reference(*(t.double() for t in (q, k, v, dout)), None, {})[2]
-    got = backward(q, k, v, dout, o, lse)
-    for g, t in zip(got, true):
-        assert g[t.isfinite()].isfinite().all()
-    dq, dk, dv = got
-    free = slice(0, 96)  # queries, and from 112 on keys, in no 16 x 16 block with the 101st
-    assert torch.equal(dq[0, free], clean[0][0, free])
-    if math.isnan(bad):
-        assert not dq[0, knows].isfinite().all(-1).any()
-        assert not dk[0, :at + 1].isfinite().all(-1).any()
-    if which == "dout":
-        assert torch.equal(dk[0, at + 1:], clean[1][0, at + 1:])
-
-
-@pytest.mark.parametrize("D", [64, 128])
-def test_a_key_of_minus_infinite_score(D):
-    """It has the weight 0, and a gradient of 0, and no other notices."""
-    q, k, v, dout = (randn(1, 130, 1, D, dtype=torch.bfloat16) for _ in range(4))
-    q, k = q.abs() + 0.1, k.clone()
-    k[0, 5, 0, 3] = -math.inf
-    o, lse, _ = reference(q, k, v, dout, None, {"causal": False})
-    dq, dk, dv = backward(q, k, v, dout, o, lse, causal=False)
-    assert (dk[0, 5] == 0).all() and (dv[0, 5] == 0).all()
-    assert dk.isfinite().all() and dv.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype, D", [(torch.bfloat16, 64), (torch.float16, 128),

@@ -54,19 +54,24 @@ template <class E> struct BackwardScratch {
   }
 };
 
-// weights = exp(scores - lse) and ds = weights * (dweights - delta), as operands.
+// weights = exp(scores - lse) and ds = weights * (dweights - delta), as operands. Both are 0 where
+// the score is -inf, as it is where a key is not seen, even if lse, dweights or delta are NaN.
 template <class E> void weights_and_ds(const BackwardScratch<E>& w) {
   using A = Acc<E>;
   constexpr int kU = kUnit<E>;
   constexpr int64_t kLane = kLanes<A>, kLine = kStrip / kU;
+  const Vec<A> hidden = splat(-std::numeric_limits<A>::infinity()), zero{};
   for (int64_t n = 0; n < kBlock; n += kU)
     for (int64_t r = 0; r < kStrip; r += kU * kLane) {
       Vec<A> p[kU][kU], ds[kU][kU];  // kU keys, kU vectors of queries
       for (int i = 0; i < kU; i++)
         for (int v = 0; v < kU; v++) {
           const int64_t column = r + v * kLane, at = (n + i) * kStrip + column;
-          p[i][v] = exp_negative(load(w.scores + at) - load(w.lse + column));
-          ds[i][v] = p[i][v] * (load(w.dweights + at) - load(w.delta + column));
+          const Vec<A> score = load(w.scores + at);
+          const Vec<A> weight = exp_negative(score - load(w.lse + column));
+          const Vec<A> dscore = weight * (load(w.dweights + at) - load(w.delta + column));
+          p[i][v] = score == hidden ? zero : weight;
+          ds[i][v] = score == hidden ? zero : dscore;
         }
       for (int i = 0; i < kU; i++) {
         store(w.weight_lines + (n + i) * kLine + r / kU, line<E>(p[i][0], p[i][kU - 1]));

@@ -73,6 +73,20 @@ void softmax_step(Acc<E>* weights, Acc<E>* decay, Acc<E>* top, Acc<E>* sum, cons
   store(sum, load(sum) * factor + (sums[0] + sums[1]));
 }
 
+// What the sums over the keys are divided by, as its inverse, and lse, for a query whose largest
+// score is top and whose weights add up to sum. One that sees no key gives zeros; one that sees only
+// scores of -inf gives NaN, as softmax does; a score of inf gives an lse of inf.
+template <class A> A inverse_of(A sum, bool sees) {
+  if (sum == 0) return sees ? std::numeric_limits<A>::quiet_NaN() : 0;
+  return 1 / sum;
+}
+template <class A> A lse_of(A top, A sum) {
+  constexpr A kInf = std::numeric_limits<A>::infinity();
+  if (sum == 0) return -kInf;
+  if (top == kInf) return kInf;
+  return static_cast<A>(top + std::log(double(sum)));
+}
+
 // One strip, queries [i0, i0 + rows), takes in the block of keys from j0 on.
 template <class E>
 void forward_block(const ForwardScratch<E>& w, int strip, const Sequence& s, int64_t i0,
@@ -129,14 +143,12 @@ void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
     const A *top = w.top + strip * kStrip, *sum = w.sum + strip * kStrip;
     transpose(w.rows, w.out_rows, w.out + strip * w.out_rows * kStrip, kStrip, w.out_rows, kStrip);
     for (int64_t r = 0; r < rows; r++) {
-      const A inverse = sum[r] == 0 ? 0 : 1 / sum[r];
+      const A inverse = inverse_of(sum[r], s.end_key(i0 + r) > s.first_key(i0 + r));
       T* row = o + ((s.q_row + i0 + r) * a.H + h) * D;
       for_each_vec<A>(D, [&](int64_t d, auto n) {
         store(row + d, load(w.rows + r * w.out_rows + d, n) * inverse, n);
       });
-      lse[s.lse_at + h * s.lse_stride + i0 + r] =
-          sum[r] == 0 ? -std::numeric_limits<A>::infinity()
-                      : static_cast<A>(top[r] + std::log(double(sum[r])));
+      lse[s.lse_at + h * s.lse_stride + i0 + r] = lse_of(top[r], sum[r]);
     }
   }
 }
@@ -178,12 +190,10 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
       store(out + d, sum, w);
     });
   }
-  const A inverse = total == 0 ? 0 : 1 / total;
+  const A inverse = inverse_of(total, s.end_key(i) > s.first_key(i));
   T* row = o + ((s.q_row + i) * a.H + h) * D;
   for_each_vec<A>(D, [&](int64_t d, auto w) { store(row + d, load(out + d, w) * inverse, w); });
-  lse[s.lse_at + h * s.lse_stride + i] =
-      total == 0 ? -std::numeric_limits<A>::infinity()
-                 : static_cast<A>(top + std::log(double(total)));
+  lse[s.lse_at + h * s.lse_stride + i] = lse_of(top, total);
 }
 
 // Keys are not split.
