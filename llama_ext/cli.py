@@ -91,6 +91,24 @@ def _run_train(options):
     return 128 + stopped if stopped else 0
 
 
+def _device_options(parser):
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
+                        help="auto: a GPU where there is one (default: %(default)s)")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"],
+                        help="of weights and cache (default: %(default)s)")
+
+
+def _device_and_dtype(options):
+    """Takes --device and --dtype out of the options, as torch's objects."""
+    import torch
+
+    device, dtype = options.pop("device"), options.pop("dtype")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected auto or cpu where torch sees no GPU, got cuda")
+    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+
 def _generate_options(parser):
     parser.add_argument("--run", required=True,
                         help="a run's folder, whose newest checkpoint is taken, or a checkpoint's")
@@ -115,10 +133,7 @@ def _generate_options(parser):
                         "each after it (default: another every time)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts to continue at a time "
                         "(default: %(default)s)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
-                        help="auto: a GPU where there is one (default: %(default)s)")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"],
-                        help="of weights and cache (default: %(default)s)")
+    _device_options(parser)
     parser.add_argument("--plan", action="store_true", help="print what memory this takes, and "
                         "what is free, and stop before the weights are read")
     parser.add_argument("--jsonl", action="store_true", help="print a JSON object a line for each "
@@ -127,18 +142,12 @@ def _generate_options(parser):
 
 
 def _run_generate(options):
-    import torch
-
     from . import checkpoint, footprint
     from .generate import stream_text
 
-    run, jsonl, file, device, dtype, plan = (
-        options.pop(name) for name in ("run", "jsonl", "prompts_file", "device", "dtype", "plan"))
+    run, file, jsonl, plan = map(options.pop, ("run", "prompts_file", "jsonl", "plan"))
+    device, dtype = _device_and_dtype(options)
     prompts = _read_prompts(options.pop("prompt"), file)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("generate: device: expected auto or cpu where torch sees no GPU, got cuda")
-    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
     def before(model, tokenizer):
         stream_text(model, tokenizer, prompts, **options)  # for the errors in prompts and options
@@ -231,13 +240,15 @@ def _eval_options(parser):
                         help="requests in one pass at most (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="JSON file to write all results to "
                         "(default: none)")
+    _device_options(parser)
     parser.set_defaults(run_command=_run_eval)
 
 
 def _run_eval(options):
     from . import evaluate
 
-    evaluate.run(tasks=options.pop("tasks").split(","), **options)
+    device, dtype = _device_and_dtype(options)
+    evaluate.report(tasks=options.pop("tasks").split(","), device=device, dtype=dtype, **options)
 
 
 _COMMANDS = {

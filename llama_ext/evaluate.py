@@ -206,9 +206,9 @@ def _task_manager(with_lm_evals):
     return TaskManager(include_defaults=with_lm_evals)  # reads thousands of files if so
 
 
-def run(run, tasks, out=None, **options):
+def report(run, tasks, out=None, device=None, dtype=None, **options):
     """`evaluate` the checkpoint meant by the path `run`, print its table, and write all it found to
-    the file `out` as JSON.
+    the file `out` as JSON. device, dtype: as in checkpoint.load_model().
 
     Raises LlamaExtError before it begins when `out` exists or its folder does not.
     """
@@ -218,7 +218,7 @@ def run(run, tasks, out=None, **options):
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it comments on what is as it should be
     path = checkpoint.find(run)
     tasks = load_tasks(tasks)
-    model, tokenizer = checkpoint.load_model(path)
+    model, tokenizer = checkpoint.load_model(path, device, dtype)
     results = evaluate(model, tokenizer, tasks, **options)
     if out is not None:
         text = json.dumps(results, indent=1, default=handle_non_serializable)

@@ -53,14 +53,19 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     limits = []
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        limits += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
-        cgroup = Path("/sys/fs/cgroup")
-        limits.append(int((cgroup / "memory.max").read_text())
-                      - int((cgroup / "memory.current").read_text()))
-    except (OSError, ValueError):  # not Linux; no control group, or "max": no limit
+        limits.append(_entries("/proc/meminfo")["MemAvailable:"] << 10)
+        group = "/sys/fs/cgroup/memory"
+        limit, used = (int(Path(f"{group}.{name}").read_text()) for name in ("max", "current"))
+        cached = _entries(f"{group}.stat")  # files, which make room when it is needed
+        limits.append(limit - used + cached["inactive_file"] + cached["active_file"])
+    except (OSError, ValueError, KeyError):  # not Linux; no control group, or its limit is "max"
         pass
     return min(limits, default=None)
+
+
+def _entries(path):
+    """{name: number} of a file of lines "name number ..."."""
+    return {line.split()[0]: int(line.split()[1]) for line in Path(path).read_text().splitlines()}
 
 
 def describe(needed):

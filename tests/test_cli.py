@@ -160,7 +160,7 @@ def test_generate_in_bf16_and_its_plan(work, capsys, monkeypatch):
     assert re.search(r"fit into the 0.00 GB free on cpu, got weights \d\.\d\d MB, cache", err), err
     if not torch.cuda.is_available():
         code, err = sentence(capsys, [*generate, "--device=cuda"])
-        assert code == 2 and "device: expected auto or cpu where torch sees no GPU" in err
+        assert code == 2 and "--device: expected auto or cpu where torch sees no GPU" in err
 
 
 def test_info_is_json(capsys):
@@ -194,7 +194,7 @@ def test_help_gives_every_options_default(command, capsys):
     optional = [o for o in options if o.split()[0] not in ("--out", "--data", "--run")]
     assert all("(default: " in option for option in optional), optional
     assert len(options) == {"info": 0, "prepare": 7, "train": len(dataclasses.fields(TrainConfig)),
-                            "generate": 12, "eval": 6}[command]
+                            "generate": 12, "eval": 8}[command]
 
 
 def sentence(capsys, argv):

@@ -70,8 +70,8 @@ def direct(model, ids, count):
     return logits, torch.log_softmax(logits.double(), -1)[range(count), ids[-count:]]
 
 
-PAIRS = [("return self x", " y"), ("", "naïve café"), ("print value 123 in range", " def x y if else"),
-         ("a", " the"), ("x y", " print"), ("if", " 1")]
+PAIRS = [("return self x", " y"), ("", "naïve café"),
+         ("print value 123 in range", " def x y if else"), ("a", " the"), ("x y", " print"), ("if", " 1")]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -230,7 +230,7 @@ def trained(tmp_path_factory):
 def test_a_trained_model_beats_chance(trained, tmp_path, capsys):
     out = tmp_path / "results.json"
     argv = ["eval", "--run", str(trained), "--tasks", "builtin_brackets,builtin_addition",
-            "--limit=120", "--out", str(out)]
+            "--limit=120", "--out", str(out), "--device=cpu"]
     assert cli.main(argv) == 0
     results = json.loads(out.read_text())
     table = capsys.readouterr().out
@@ -242,6 +242,10 @@ def test_a_trained_model_beats_chance(trained, tmp_path, capsys):
     model.reset_parameters()
     chance = evaluate(model, tokenizer, ["builtin_brackets"], limit=120)
     assert chance["results"]["builtin_brackets"]["acc,none"] < 0.5
+    rounded = [*argv[:3], "--tasks=builtin_brackets", "--limit=120", "--dtype=bf16"]
+    assert cli.main(rounded) == 0
+    table = capsys.readouterr().out
+    assert abs(float(re.search(r"acc *\|↑ *\| *(\S+)", table)[1]) - accuracy) < 0.1
     assert cli.main(argv) == 1  # results are not overwritten
     assert "results.json: expected a new file in a folder that exists" in capsys.readouterr().err
     assert json.loads(out.read_text()) == results

@@ -245,7 +245,8 @@ def test_rows_of_a_cache_grow_each_by_its_own_number_of_tokens(config):
     with torch.inference_mode():
         base = model(tokens)
         exact_logits = exact(to_hf(model), config)(tokens).logits
-        for counts in ({0: 9}, {0: 1, 1: 5, 2: 1}, {1: 1, 2: 3}, {0: 2, 2: 1}, {2: 2}, {0: 1, 1: 7}):
+        for counts in ({0: 9}, {0: 1, 1: 5, 2: 1}, {1: 1, 2: 3}, {0: 2, 2: 1}, {2: 2},
+                       {0: 1, 1: 7}):
             rows = CacheRows([b + 1 for b in counts], [at[b] for b in counts],
                              list(counts.values()), (4, T + 2))
             packed = torch.cat([tokens[b, at[b]:at[b] + n] for b, n in counts.items()])[None]
