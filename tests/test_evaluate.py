@@ -235,7 +235,7 @@ def test_a_trained_model_beats_chance(trained, tmp_path, capsys):
     results = json.loads(out.read_text())
     table = capsys.readouterr().out
     accuracy = results["results"]["builtin_brackets"]["acc,none"]
-    assert accuracy > 0.55  # chance: 1/3, its deviation 0.043
+    assert accuracy > 0.5  # chance: 1/3, its deviation 0.043
     assert f"{accuracy:.4f}" in table and "builtin_addition" in table
     assert results["n-samples"]["builtin_brackets"]["effective"] == 120
     model, tokenizer = checkpoint.load_model(trained)
@@ -245,7 +245,7 @@ def test_a_trained_model_beats_chance(trained, tmp_path, capsys):
     rounded = [*argv[:3], "--tasks=builtin_brackets", "--limit=120", "--dtype=bf16"]
     assert cli.main(rounded) == 0
     table = capsys.readouterr().out
-    assert abs(float(re.search(r"acc *\|↑ *\| *(\S+)", table)[1]) - accuracy) < 0.1
+    assert abs(float(re.search(r"acc *\|↑ *\| *([\d.]+)", table)[1]) - accuracy) < 0.1
     assert cli.main(argv) == 1  # results are not overwritten
     assert "results.json: expected a new file in a folder that exists" in capsys.readouterr().err
     assert json.loads(out.read_text()) == results
