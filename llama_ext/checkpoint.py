@@ -123,17 +123,25 @@ def load(path, model, optimizer):
     _load_training_tensors(Path(path) / "training.safetensors", model, optimizer)
 
 
-def load_model(path):
-    """(model, tokenizer) of the checkpoint folder `path`, for generation.
+def load_model(path, device=None, dtype=None, before=None):
+    """(model, tokenizer) of the checkpoint folder `path`, for generation, on `device` (None: the
+    CPU) and in `dtype` (None: fp32). before: called with both before the weights are read, the
+    model still on the meta device; what it raises ends the loading.
 
     Raises LlamaExtError naming the file that is missing or damaged.
     """
     path = Path(path)
     if fault := _fault(path, ("config.json", "model.safetensors", "tokenizer.model")):
         raise LlamaExtError(fault)
-    model = Llama(LlamaConfig.from_dict(json.loads((path / "config.json").read_bytes())))
+    config = LlamaConfig.from_dict(json.loads((path / "config.json").read_bytes()))
+    with torch.device("meta"):
+        model = Llama(config, dtype=dtype)
+    tokenizer = Tokenizer(path / "tokenizer.model")
+    if before is not None:
+        before(model, tokenizer)
+    model.to_empty(device=device or "cpu")
     _load_weights(path / "model.safetensors", model)
-    return model, Tokenizer(path / "tokenizer.model")
+    return model, tokenizer
 
 
 def _load_weights(file, model):

@@ -1,5 +1,4 @@
-"""The command line, `llama-ext` or `python -m llama_ext`: info, prepare, mixture, train, generate,
-estimate, convert.
+"""The command line, `llama-ext` or `python -m llama_ext`.
 
 Each command's options are added, and its libraries imported, only when it is the one that runs.
 Every foreseeable failure ends in one sentence on stderr. Exit codes: 2 for wrong options, 128 plus
@@ -148,11 +147,33 @@ def _run_train(options):
     return 128 + stopped if stopped else 0
 
 
+def _device_options(parser):
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
+                        help="auto: a GPU where there is one (default: %(default)s)")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"],
+                        help="of weights and cache (default: %(default)s)")
+
+
+def _device_and_dtype(options):
+    """Takes --device and --dtype out of the options, as torch's objects."""
+    import torch
+
+    device, dtype = options.pop("device"), options.pop("dtype")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected auto or cpu where torch sees no GPU, got cuda")
+    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+
 def _generate_options(parser):
     parser.add_argument("--run", required=True,
                         help="a run's folder, whose newest checkpoint is taken, or a checkpoint's")
-    parser.add_argument("--prompt", default="", help="text to continue; - reads it from stdin "
-                        "(default: none, the beginning of a new text)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; - "
+                        "reads it from stdin; may be given several times (default: none, the "
+                        "beginning of a new text)")
+    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line; in a "
+                        ".jsonl file, each line an object with the entry \"prompt\" "
+                        "(default: none)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens to add at most; "
                         "fewer where the text ends or fills the model's context "
                         "(default: %(default)s)")
@@ -160,30 +181,130 @@ def _generate_options(parser):
                         "probable token; 1: as the model says (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the most probable "
                         "tokens that together have this probability (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="of the draws (default: another every time)")
+    parser.add_argument("--top-k", type=int, help="draw from this many most probable tokens "
+                        "(default: all)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before "
+                        "this text; may be given several times (default: none)")
+    parser.add_argument("--seed", type=int, help="of the draws for the first prompt, one more for "
+                        "each after it (default: another every time)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts to continue at a time "
+                        "(default: %(default)s)")
+    _device_options(parser)
+    parser.add_argument("--plan", action="store_true", help="print what memory this takes, and "
+                        "what is free, and stop before the weights are read")
+    parser.add_argument("--jsonl", action="store_true", help="print a JSON object a line for each "
+                        "prompt, with the entries prompt and text")
     parser.set_defaults(run_command=_run_generate)
 
 
 def _run_generate(options):
-    from . import checkpoint
-    from .generate import stream
+    from . import checkpoint, footprint
+    from .generate import stream_text
 
-    prompt = options["prompt"]
-    prompt = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
-    try:
-        prompt = prompt.decode()
-    except UnicodeDecodeError as error:
-        raise LlamaExtError(f"generate: --prompt: expected UTF-8 text, got byte "
-                            f"{prompt[error.start]:#04x} at {error.start}") from None
-    model, tokenizer = checkpoint.load_model(checkpoint.find(options["run"]))
-    ids = tokenizer.encode(prompt, bos=True)
-    new_ids = stream(model, ids, options["max_new_tokens"], temperature=options["temperature"],
-                     top_p=options["top_p"], seed=options["seed"], eos_id=tokenizer.eos_id)
+    run, file, jsonl, plan = map(options.pop, ("run", "prompts_file", "jsonl", "plan"))
+    device, dtype = _device_and_dtype(options)
+    prompts = _read_prompts(options.pop("prompt"), file)
+
+    def before(model, tokenizer):
+        stream_text(model, tokenizer, prompts, **options)  # for the errors in prompts and options
+        lengths = [len(tokenizer.encode(prompt, bos=True)) for prompt in prompts]
+        needed = footprint.footprint(model, dtype, lengths, options["max_new_tokens"],
+                                     options["batch_size"])
+        if plan:
+            print(json.dumps({**needed, "total": sum(needed.values()),
+                              "free": footprint.free_memory(device), "device": str(device)}))
+        footprint.require(needed, device)
+        if plan:
+            raise SystemExit(0)
+
+    model, tokenizer = checkpoint.load_model(checkpoint.find(run), device, dtype, before)
+    pieces = stream_text(model, tokenizer, prompts, **options)
     sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every character
-    print(prompt, end="", flush=True)
-    for text in tokenizer.stream_decode(new_ids):
-        print(text, end="", flush=True)
-    print()
+    for i, (prompt, texts) in enumerate(zip(prompts, _in_order(pieces, len(prompts)))):
+        if jsonl:
+            print(json.dumps({"prompt": prompt, "text": "".join(texts)}), flush=True)
+            continue
+        if len(prompts) > 1:
+            print(f"--- {i + 1} of {len(prompts)} ---")
+        print(prompt, end="", flush=True)
+        for text in texts:
+            print(text, end="", flush=True)
+        print()
+
+
+def _in_order(pieces, count):
+    """For each of `count` prompts, an iterator over its texts in stream_text's pieces, which must
+    be read to its end; what comes for later prompts meanwhile is kept."""
+    kept = [[] for _ in range(count)]
+
+    def texts(i):
+        while True:
+            while kept[i]:
+                text = kept[i].pop(0)
+                if text is None:
+                    return
+                yield text
+            j, text = next(pieces)
+            kept[j].append(text)
+    return map(texts, range(count))
+
+
+def _read_prompts(prompts, file):
+    """The texts of --prompt and of the lines of --prompts-file; [""] when neither is given."""
+    if prompts is None and file is None:
+        return [""]
+    prompts = [_utf8("--prompt", sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
+               for prompt in prompts or []]
+    if file is None:
+        return prompts
+    with open(file, "rb") as f:
+        lines = _utf8(file, f.read()).split("\n")
+    for number, line in enumerate(lines, 1):
+        if not (line := line.removesuffix("\r")):
+            continue
+        if file.endswith(".jsonl"):
+            try:
+                line = json.loads(line)["prompt"]
+                line.encode()
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise LlamaExtError(f"{file}: line {number}: expected a JSON object with a text "
+                                    "\"prompt\"") from None
+        prompts.append(line)
+    if not prompts:
+        raise LlamaExtError(f"{file}: expected at least one prompt, got an empty file")
+    return prompts
+
+
+def _utf8(where, data):
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise LlamaExtError(f"generate: {where}: expected UTF-8 text, got byte "
+                            f"{data[error.start]:#04x} at {error.start}") from None
+
+
+def _eval_options(parser):
+    parser.add_argument("--run", required=True,
+                        help="a run's folder, whose newest checkpoint is taken, or a checkpoint's")
+    parser.add_argument("--tasks", default="builtin", metavar="NAME,...", help="tasks that lm-eval "
+                        "knows, with data from the Hugging Face hub (hellaswag,arc_easy), or the "
+                        "small ones that need no network: builtin (default: %(default)s)")
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question; the LLaMA "
+                        "paper has 0, 1, 5 and 64 (default: as each task says)")
+    parser.add_argument("--limit", type=int, help="questions of each task at most (default: all)")
+    parser.add_argument("--batch-size", type=int, default=16,
+                        help="requests in one pass at most (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="JSON file to write all results to "
+                        "(default: none)")
+    _device_options(parser)
+    parser.set_defaults(run_command=_run_eval)
+
+
+def _run_eval(options):
+    from . import evaluate
+
+    device, dtype = _device_and_dtype(options)
+    evaluate.report(tasks=options.pop("tasks").split(","), device=device, dtype=dtype, **options)
 
 
 def _estimate_options(parser):
@@ -233,6 +354,7 @@ _COMMANDS = {
     "estimate": ("say what training or serving a model takes: memory, FLOPs, time",
                  _estimate_options),
     "convert": ("turn a model into Hugging Face's, Meta's or our format", _convert_options),
+    "eval": ("score a trained model on lm-eval's tasks", _eval_options),
 }
 
 
@@ -259,8 +381,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
     except ModuleNotFoundError as error:
+        extra = "train,eval" if argv[0] == "eval" else "train"
         return _fail(f"{argv[0]}: needs the Python package {error.name}: "
-                     "pip install 'llama_ext[train]'", 1)
+                     f"pip install 'llama_ext[{extra}]'", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at exit
         return _fail("stdout: the reader of the output has gone", 128 + signal.SIGPIPE)

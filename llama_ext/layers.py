@@ -136,6 +136,54 @@ class RotaryEmbedding(nn.Module):
                 + (f", scaling={self.scaling}" if self.scaling else ""))
 
 
+class CacheRows:
+    """Where packed tokens go that continue R of a cache's B rows, each row by a number of its own.
+
+    rows: rising row numbers; starts: the positions that each holds; counts: the tokens, 1 or more,
+    that each is continued by; last_counts: of how many of those, the last ones, the model's
+    logits are wanted (default: 1 each); all lists of R ints. size: (B, S) of the cache. The
+    N = sum(counts) tokens come one row after another, without padding.
+    Attributes, on `device`: positions, int64 (1, N); last, int64 (sum(last_counts),): the indices
+    of the tokens whose logits are wanted. Raises ValueError when they do not fit into the cache.
+    """
+
+    def __init__(self, rows, starts, counts, size, last_counts=None, device=None):
+        B, S = size
+        ends = [start + count for start, count in zip(starts, counts)]
+        if sorted(set(rows)) != rows or not 0 <= rows[0] <= rows[-1] < B:
+            raise ValueError(f"CacheRows: rows: expected rising numbers from 0 to {B - 1}, "
+                             f"got {rows}")
+        if min(starts) < 0 or min(counts) < 1 or max(ends) > S:
+            raise ValueError("CacheRows: expected starts >= 0, counts >= 1 and sums of both up to "
+                             f"the cache's {S} positions, got starts {starts}, counts {counts}")
+        self._view = (rows[0], ends[0]) if len(rows) == 1 else None
+        positions, slots, last, cu_q, cu_k = [], [], [], [0], [0]
+        for row, start, end, wanted in zip(rows, starts, ends, last_counts or [1] * len(rows)):
+            positions += range(start, end)
+            slots += range(row * S + start, row * S + end)
+            last += range(len(positions) - wanted, len(positions))
+            # A sequence without queries stands for the keys from one row's end to the next row.
+            cu_q += [cu_q[-1], len(positions)]
+            cu_k += [row * S, row * S + end]
+
+        def put(values, dtype=torch.int64):
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        self.positions, self.last, self._slots = put([positions]), put(last), put(slots)
+        self._cu_seqlens = put(cu_q + cu_q[-1:], torch.int32), put(cu_k + [B * S], torch.int32)
+
+    def attend(self, q, k, v, cache, window=None):
+        """Writes k, v (1, N, Hkv, D) into the cache, a pair (B, S, Hkv, D); attention of each token
+        of q (1, N, H, D) to its row's positions up to its own. Returns o like q."""
+        for tensor, new in zip(cache, (k, v)):
+            tensor.flatten(0, 1).index_copy_(0, self._slots, new[0])
+        if self._view:  # one row: the kernels for few queries, which want (B, T, H, D), serve it
+            row, end = self._view
+            return attention(q, *(t[row:row + 1, :end] for t in cache), window=window)
+        return attention(q[0], *(t.flatten(0, 1) for t in cache), window=window,
+                         cu_seqlens=self._cu_seqlens)
+
+
 class CausalSelfAttention(nn.Module):
     """wo(attention(rotary(wq(x)), rotary(wk(x)), wv(x))), without biases (Meta's names).
 
@@ -175,7 +223,8 @@ class CausalSelfAttention(nn.Module):
         start_pos, positions: where the tokens stand, as in RotaryEmbedding. cache: a pair of
         tensors k, v, each (B, S, Hkv, D), whose first start_pos rows are filled: the T new rows are
         written behind them and the tokens attend to all start_pos + T (for inference: no gradient
-        flows through rows of earlier calls). Raises ValueError when they do not fit.
+        flows through rows of earlier calls). Raises ValueError when they do not fit. With a
+        CacheRows for start_pos, x is (1, N, C): packed tokens, each written where that says.
         """
         if x.dim() != 3:
             raise ValueError(f"CausalSelfAttention: x: expected (B, T, {self.wq.in_features}), "
@@ -184,6 +233,9 @@ class CausalSelfAttention(nn.Module):
         q = self.wq(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.wk(x).view(B, T, -1, self.head_dim)  # (B, T, Hkv, D)
         v = self.wv(x).view(B, T, -1, self.head_dim)
+        if isinstance(start_pos, CacheRows):
+            q, k = self.rotary(q, k, positions=start_pos.positions)
+            return self.wo(start_pos.attend(q, k, v, cache, self.window).reshape(B, T, -1))
         q, k = self.rotary(q, k, start_pos, positions)
         if cache is not None:
             k, v = self._append(k, v, cache, start_pos)

@@ -181,19 +181,24 @@ class Llama(nn.Module):
     def num_parameters(self):
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, tokens, targets=None, cache=None, last_only=False):
+    def forward(self, tokens, targets=None, cache=None, last_only=False, rows=None):
         """tokens (B, T), int64 -> logits (B, T, V); the loss, a scalar, if targets are given.
 
         targets: (B, T), int64, -100 where nothing is to be predicted; the mean cross-entropy over
         the rest, fp32, without ever holding all logits. cache: a KVCache with the positions before
         these tokens; they are added to it. last_only: the logits of the last token alone,
-        (B, 1, V). Raises ValueError for ids outside the vocabulary (on CPU; elsewhere the device's
-        own assertion fails), and for more positions than max_seq_len or the cache has room for.
+        (B, 1, V). rows: a layers.CacheRows, for tokens (1, N) that continue rows of the cache which
+        hold different numbers of positions; the caller keeps count of them, cache.length is not
+        used, and last_only gives the tokens that are rows.last. Raises ValueError for ids outside
+        the vocabulary (on CPU; elsewhere the device's own assertion fails), and for more positions
+        than max_seq_len or the cache has room for.
         """
         if tokens.dim() != 2:
             raise ValueError(f"Llama: tokens: expected (B, T), got shape {tuple(tokens.shape)}")
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
+        if rows is not None:
+            start, end = rows, 0
         if end > self.config.max_seq_len:
             raise ValueError("Llama: tokens: expected at most max_seq_len = "
                              f"{self.config.max_seq_len} positions, got {end}")
@@ -201,13 +206,15 @@ class Llama(nn.Module):
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else (cache.k[i], cache.v[i])
             x, residual = layer(x, residual, start, layer_cache)
-        if cache is not None:
+        if cache is not None and rows is None:
             cache.length = end
         h, _ = self.norm(x, residual)  # (B, T, C)
         weight = (self.tok_embeddings if self.output is None else self.output).weight
         if targets is not None:
             return linear_cross_entropy(h, weight, targets)
-        return F.linear(h[:, -1:] if last_only else h, weight)
+        if last_only:
+            h = h[:, -1:] if rows is None else h[:, rows.last]
+        return F.linear(h, weight)
 
     def _embed(self, tokens):
         try:
