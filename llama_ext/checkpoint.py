@@ -185,8 +185,10 @@ def load(path, model, optimizer):
         torch.cuda.set_rng_state(tensors["rng/cuda"])
 
 
-def load_model(path):
-    """(model, tokenizer) of the checkpoint folder `path`, for generation.
+def load_model(path, device=None, dtype=None, before=None):
+    """(model, tokenizer) of the checkpoint folder `path`, for generation, on `device` (None: the
+    CPU) and in `dtype` (None: fp32). before: called with both before the weights are read, the
+    model still on the meta device; what it raises ends the loading.
 
     Raises LlamaExtError naming the file that is missing or damaged.
     """
@@ -194,9 +196,15 @@ def load_model(path):
     names = ("config.json", "model.safetensors", "tokenizer.model")
     if fault := _fault(path, None if (path / _SHARDS).is_dir() else names):
         raise LlamaExtError(fault)
-    model = Llama(LlamaConfig.from_dict(json.loads((path / "config.json").read_bytes())))
+    config = LlamaConfig.from_dict(json.loads((path / "config.json").read_bytes()))
+    with torch.device("meta"):
+        model = Llama(config, dtype=dtype)
+    tokenizer = Tokenizer(path / "tokenizer.model")
+    if before is not None:
+        before(model, tokenizer)
+    model.to_empty(device=device or "cpu")
     _read(path, _weights(path, model, _shapes(path, _WHOLE[:1])))
-    return model, Tokenizer(path / "tokenizer.model")
+    return model, tokenizer
 
 
 def _weights(path, model, stored):

@@ -8,13 +8,11 @@ import torch
 
 from .info import info
 
-# Dense bf16 FLOP/s by what torch.cuda.get_device_name() contains (NVIDIA's data sheets). The PCIe
-# and SXM A100 have one peak; the PCIe H100's is lower, so its name comes first.
-_PEAKS = (("A100", 312e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12),
-          ("H200", 989e12))
-# In fp32 the same cards take their CUDA cores, since torch does not use TF32 unless told to.
-_PEAKS_FP32 = (("A100", 19.5e12), ("H100 PCIe", 51e12), ("H100 NVL", 60e12), ("H100", 67e12),
-               ("H200", 67e12))
+# What torch.cuda.get_device_name() contains, longer names first; FLOP/s in bf16, without sparsity,
+# and in fp32 (NVIDIA's data sheets), that of CUDA cores, since torch leaves TF32 off.
+_PEAKS = (("A100", 312e12, 19.5e12),
+          ("H100 PCIe", 756e12, 51e12), ("H100 NVL", 835e12, 60e12), ("H100", 989e12, 67e12),
+          ("H200 NVL", 835e12, 60e12), ("H200", 989e12, 67e12))
 
 
 def resolve(name):
@@ -41,15 +39,18 @@ def resolve_dtype(name, device):
 def data_sheet_peak(name, dtype):
     """Dense FLOP/s in dtype "bf16" or "fp32" of the GPU `name`: an A100, H100 or H200; None for
     another."""
-    peaks = _PEAKS if dtype == "bf16" else _PEAKS_FP32
-    return next((peak for part, peak in peaks if part in name), None)
+    for part, bf16, fp32 in _PEAKS:
+        if part in name:
+            return bf16 if dtype == "bf16" else fp32
+    return None
 
 
 def peak_flops(device, dtype):
     """The most FLOP/s that `device` reaches in dtype "bf16" or "fp32"; None where unknown.
 
     A GPU's is its data sheet's. A CPU's is measured, with torch's threads: the best of a few
-    products of matrices of 1024 x 1024, which takes some 0.1 s.
+    products of matrices of 1024 x 1024, some 0.1 s. A share of it is thus one of what this
+    machine did just then.
     """
     if device.type == "cuda":
         return data_sheet_peak(torch.cuda.get_device_name(device), dtype)

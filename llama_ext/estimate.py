@@ -143,12 +143,13 @@ def training_memory(config, plan):
     """Bytes on each GPU while training `config` as `plan`, an EstimateConfig, says: a dict.
 
     Weights, gradients and Adam's two averages are divided among all GPUs (FSDP, arXiv 2304.11277).
-    Working copies: what the matrix products read and write in bf16, all weights on one GPU; with
-    FSDP two gathered layers, the gradients of one, and embedding and output layer with theirs.
-    Activations per token and layer, as block.py keeps them: 2 (4 d + 2 kv + 2 F) + 4 H bytes; with
-    recompute 2 d, and one layer whole. Loss: a chunk of logits, the output layer's gradient in
-    fp32, the hidden state's in bf16. Tensor parallelism divides all but the chunk (its norms and
-    residuals are divided along the sequence, arXiv 2205.05198).
+    Working copies, what the matrix products read and write in bf16: on one GPU all weights, unless
+    they are kept in bf16; with FSDP two gathered layers, the gradients of one, and embedding and
+    output layer with theirs. Activations per token and layer, as block.py keeps them, are
+    2 (4 d + 2 kv + 2 F) + 4 H bytes; with recompute 2 d, and one layer whole. (The residual stream
+    is taken as bf16; autocast on one GPU keeps it in fp32, 2 d more.) Loss: a chunk of logits, the
+    output layer's gradient in fp32, the hidden state's in bf16. Tensor parallelism divides all but
+    the chunk (norms and residuals along the sequence, arXiv 2205.05198).
     """
     parameters, layer = num_parameters(config), _layer_parameters(config)
     tokens, split = plan.batch_size * plan.seq_len, plan.tensor_parallel
@@ -182,8 +183,7 @@ def inference_memory(config, plan):
     weights = BYTES["bf16"] * parameters
     if plan.int8:
         entries = config.n_layers * _layer_matrices(config)
-        rows = config.n_layers * (2 * config.dim + 2 * _kv_width(config) + 2 * config.hidden_dim
-                                  + config.dim)
+        rows = config.n_layers * (3 * config.dim + 2 * _kv_width(config) + 2 * config.hidden_dim)
         if not config.tie_embeddings:
             entries += config.vocab_size * config.dim
             rows += config.vocab_size
@@ -268,7 +268,7 @@ def report(plan):
                   f"tokens/s/GPU         {per_second:,.0f} at {plan.mfu:.1%} of "
                   f"{plan.peak() / 1e12:,.0f} TFLOP/s",
                   f"{_tokens_text(tokens)} tokens take {hours / plan.gpus / 24:,.1f} days on "
-                  f"{plan.gpus:,} GPUs, {hours:,.0f} GPU-hours"]
+                  f"{plan.gpus:,} GPU{'s' * (plan.gpus > 1)}, {hours:,.0f} GPU-hours"]
     total, room = sum(parts.values()), plan.gpu_bytes()
     lines += ["memory per GPU, GB"]
     lines += [f"  {name:<19}{value / 1e9:8.2f}" for name, value in parts.items()]

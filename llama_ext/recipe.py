@@ -35,7 +35,8 @@ def shape(options, vocab_size=None):
 class TrainConfig:
     """Everything a run is made of; `llama-ext train` has one option for each field."""
 
-    data: str = option(dataclasses.MISSING, "folder written by `llama-ext prepare`")
+    data: str = option(dataclasses.MISSING, "folder written by `llama-ext prepare`, or a mixture "
+                       "of some (*.json; see `llama-ext mixture`)")
     run: str = option(dataclasses.MISSING, "folder for checkpoints, metrics and the loss curve; "
                       "one that has checkpoints is resumed")
     preset: str = option("tiny", "shape of the model", PRESETS)

@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, device, memory, parallel, ranks
-from .data import TokenLoader, load_meta, verify
 from .errors import LlamaExtError
 from .estimate import flops_per_token
+from .mixture import open_loader
 from .model import Llama
 from .optim import build_optimizer, lr_at
 from .recipe import TrainConfig
@@ -50,12 +50,13 @@ class Trainer:
         with ranks.together():
             if config.tensorboard:
                 require_tensorboard()
-            model_config = config.model_config(load_meta(config.data)["vocab_size"])
+            seq_len = config.model_config(None).max_seq_len
+            self.dp = max(1, ranks.world() // config.tensor_parallel)  # ranks with own batches
+            self.grad_accum = config.forward_passes(seq_len, self.dp)
+            self._open_data(seq_len)
+            model_config = config.model_config(self.loader.vocab_size)
             if config.tensor_parallel > 1:
                 parallel.check(model_config, config.tensor_parallel, ranks.world())
-            self.dp = ranks.world() // config.tensor_parallel  # ranks with batches of their own
-            self.grad_accum = config.forward_passes(model_config.max_seq_len, self.dp)
-            self._open_data(model_config.max_seq_len)
             self._lock = _lock(self.run_dir) if ranks.rank() == 0 else None
         self.sequences = config.batch_size * self.grad_accum * self.dp  # in a step
         self.step = 0
@@ -64,7 +65,7 @@ class Trainer:
         newest = ranks.gather(checkpoint.latest(self.run_dir))[0]
         with ranks.together():
             if newest is None and ranks.rank() == 0:
-                verify(config.data)  # reads all of it, so only once a run
+                self.loader.verify()  # reads all of it, so only once a run
         self.model = self._build_model(model_config, newest is None)
         self.optimizer = build_optimizer(
             self.model, config.optimizer, lr=self.peak_lr, beta1=config.beta1, beta2=config.beta2,
@@ -75,17 +76,15 @@ class Trainer:
             self.log = RunLog(self.run_dir, self.step, config.tensorboard, ranks.rank() == 0)
 
     def _open_data(self, seq_len):
-        config, rank = self.config, ranks.rank() // self.config.tensor_parallel
-        self.val = TokenLoader(config.data, "val", config.batch_size, seq_len, rank=rank,
-                               world_size=self.dp)
-        self.loader = TokenLoader(config.data, "train", config.batch_size, seq_len,
-                                  seed=config.seed, rank=rank, world_size=self.dp)
-        for loader, least in ((self.val, 2), (self.loader, seq_len + 1)):
-            if loader.num_tokens < least:
-                raise LlamaExtError(f"{config.data}: the {loader.split} split must have at least "
-                                    f"{least} tokens, got {loader.num_tokens}")
-        self._tokenizer = (self.loader.files / "tokenizer.model").read_bytes()
-        self.val_bytes = self.val.meta["files"]["val.txt"]["bytes"]
+        config = self.config
+        options = {"rank": ranks.rank() // config.tensor_parallel % self.dp, "world_size": self.dp}
+        self.val = open_loader(config.data, "val", config.batch_size, seq_len, **options)
+        self.val.check_tokens(2)
+        self.loader = open_loader(config.data, "train", config.batch_size, seq_len,
+                                  seed=config.seed, **options)
+        self.loader.check_tokens(seq_len + 1)
+        self._tokenizer = self.loader.tokenizer_path.read_bytes()
+        self.val_bytes = self.val.num_bytes
 
     def _build_model(self, model_config, initialize):
         """The model, with the seed's weights, the same on every device and number of processes,
@@ -216,7 +215,7 @@ class Trainer:
         self.log.add(step=self.step, val_loss=loss, val_bits_per_byte=bpb)
         if ranks.rank() == 0:
             plot_losses(self.run_dir / "loss.png", self.log.rows,
-                        self.val_bytes / (self.val.num_tokens - 1))
+                        self.val_bytes / self.val.num_targets)
         bar.write(f"step {self.step}: validation loss {loss:.4f}, {bpb:.4f} bits per byte")
 
     def _is_due(self, every):
@@ -233,7 +232,7 @@ class Trainer:
     def _identity(self):
         """What must not change between the parts of one run."""
         return {**self.model.config.to_dict(), "seq_len": self.loader.seq_len,
-                "data": self.loader.meta["fingerprint"], "sequences_per_step": self.sequences,
+                "data": self.loader.fingerprint, "sequences_per_step": self.sequences,
                 "optimizer": self.config.optimizer, "seed": self.config.seed}
 
     def _options(self):
@@ -261,20 +260,20 @@ class Trainer:
         checkpoint.load(path, self.model, self.optimizer)
         self._saved_step = self.step
         self.loader.load_state_dict(state["loader"])
-        self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.skipped, self.skipped_in_a_row = state.get("skipped", (0, 0))
         changes = _changes(state["options"], self._options())
         print(f"resuming {path}" + (f", which has {changes}" if changes else ""))
 
     def _show(self, bar, loss, norm, row, seconds):
-        """The bar on a terminal; elsewhere a line now and then."""
+        """The bar on a terminal, cut to its width; elsewhere a line now and then."""
         text = f"loss {loss:.3f}, grad norm {norm:.2f}, {row['tokens_per_second']:,.0f} tokens/s"
-        mfu = f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
-        bar.set_postfix_str(text + mfu, refresh=False)
+        text += f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
+        text += f", lr {row['lr']:.2e}, {row['memory_bytes'] / 1e9:.2f} GB"
+        bar.set_postfix_str(text, refresh=False)
         bar.update()
         if bar.disable and self.step % self.config.log_every == 0:
             left = tqdm.format_interval((self.config.steps - self.step) * seconds)
-            print(f"step {self.step}/{self.config.steps}: {text}{mfu}, lr {row['lr']:.2e}, "
-                  f"{row['memory_bytes'] / 1e9:.2f} GB, {left} left", flush=True)
+            print(f"step {self.step}/{self.config.steps}: {text}, {left} left", flush=True)
 
 
 def train(config):
@@ -315,7 +314,7 @@ def _train(config):
         stopped = trainer.train()
         if stopped:
             print(f"stopped by {signal.Signals(stopped).name} after step {trainer.step}; the same "
-                  "command resumes there")
+                  f"command resumes there\ntrained on {trainer.loader.progress()}")
         if stopped or ranks.rank():
             return {"step": trainer.step, "signal": stopped}
         return _report(trainer)
@@ -323,16 +322,16 @@ def _train(config):
         trainer.close()
 
 
-def compression(path):
-    """Bits per byte that `gzip -9` and `xz -9` need for the file `path` on its own."""
-    data = Path(path).read_bytes()
+def compression(paths):
+    """Bits per byte that `gzip -9` and `xz -9` need for the files `paths`, one after another."""
+    data = b"".join(Path(path).read_bytes() for path in paths)
     sizes = {"gzip": len(gzip.compress(data, 9)), "xz": len(lzma.compress(data, preset=9))}
     return {name: 8 * size / len(data) for name, size in sizes.items()}
 
 
 def _report(trainer):
     val = trainer.log.validation()
-    others = compression(trainer.loader.files / "val.txt")
+    others = compression(trainer.val.text_paths)
     result = {"step": trainer.step, "signal": None, "val_loss": val["val_loss"],
               "val_bits_per_byte": val["val_bits_per_byte"],
               "gzip_bits_per_byte": others["gzip"], "xz_bits_per_byte": others["xz"],
@@ -342,6 +341,7 @@ def _report(trainer):
           f"  this model  {result['val_bits_per_byte']:.3f}\n"
           f"  xz -9       {others['xz']:.3f}\n"
           f"  gzip -9     {others['gzip']:.3f}\n"
+          f"trained on {trainer.loader.progress()}\n"
           f"loss curve: {result['loss_curve']}\ncheckpoint: {result['checkpoint']}", flush=True)
     return result
 

@@ -1,4 +1,4 @@
-"""The estimates: exact counts against the model and torch's own counter, and the paper's figures."""
+"""The estimates: exact counts against the model and torch's counter, and the paper's figures."""
 
 import dataclasses
 import math

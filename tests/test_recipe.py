@@ -154,9 +154,11 @@ def test_devices(small, monkeypatch):
     assert device.resolve_dtype("fp32", cpu) == "fp32"
     assert device.resolve_dtype("auto", cpu) in ("bf16", "fp32")
     for name, bf16 in (("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", 756e12),
-                       ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("T4", None)):
+                       ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12),
+                       ("NVIDIA H200 NVL", 835e12), ("T4", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda d, name=name: name)
         assert device.peak_flops(torch.device("cuda"), "bf16") == bf16
+        assert bf16 is None or device.peak_flops(torch.device("cuda"), "fp32") < bf16 / 10
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device.resolve("auto") == device.resolve("cuda") == torch.device("cuda")
 

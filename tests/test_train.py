@@ -233,8 +233,12 @@ def test_the_run_folder_cannot_be_a_file(small, tmp_path):
 def test_compression_is_what_the_programs_give(tmp_path):
     """Within the few bytes of file name and time that the gzip program adds."""
     text = tmp_path / "t.txt"
-    text.write_text("".join(f"line {i * i}\n" for i in range(3000)))
-    ours = compression(text)
+    lines = [f"line {i * i}\n" for i in range(3000)]
+    text.write_text("".join(lines))
+    ours = compression([text])
+    for name, part in (("a.txt", lines[:2000]), ("b.txt", lines[2000:])):
+        (tmp_path / name).write_text("".join(part))
+    assert compression([tmp_path / "a.txt", tmp_path / "b.txt"]) == ours
     for name in ("gzip", "xz"):
         size = len(subprocess.run([name, "-9", "-c", text], check=True, stdout=subprocess.PIPE)
                    .stdout)
