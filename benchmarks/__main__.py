@@ -12,7 +12,7 @@ from tqdm import tqdm
 import llama_ext as lx
 from llama_ext.memory import reuse_freed_memory, status
 
-from . import baseline, counts, memory
+from . import baseline, counts, memory, overlap
 from .a100 import model, report
 from .cases import CASES
 from .timing import DTYPES, measure
@@ -106,6 +106,12 @@ def main():
     command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"],
                          help="default fp32 bf16")
     command.set_defaults(run=memory.run)
+    command = commands.add_parser(
+        "overlap", help="share of FSDP's communication that runs while something is computed",
+        description=overlap.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--out", default="overlap.png",
+                         help="picture of a step (default: %(default)s)")
+    command.set_defaults(run=overlap.run)
     args = parser.parse_args()
     args.run(args)
 

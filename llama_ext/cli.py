@@ -14,6 +14,7 @@ import signal
 import sys
 import typing
 
+from . import ranks
 from .errors import LlamaExtError
 from .info import info
 
@@ -401,5 +402,6 @@ def main(argv=None):
 
 
 def _fail(message, code):
-    print(f"llama-ext: {message}", file=sys.stderr, flush=True)
+    if not ranks.is_silent():
+        print(f"llama-ext: {message}", file=sys.stderr, flush=True)
     return int(code)

@@ -27,9 +27,12 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x, residual=None):
+        return self.normalize(x, residual, self.weight)
+
+    def normalize(self, x, residual, weight):
         if residual is None:
-            return rmsnorm(x, self.weight, self.eps)
-        return rmsnorm_residual(x, residual, self.weight, self.eps)
+            return rmsnorm(x, weight, self.eps)
+        return rmsnorm_residual(x, residual, weight, self.eps)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -164,6 +164,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps, **options)
         self.output = None if config.tie_embeddings else nn.Linear(
             config.dim, config.vocab_size, bias=False, **options)
+        self.loss = linear_cross_entropy  # of forward(tokens, targets)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -171,12 +172,16 @@ class Llama(nn.Module):
         """Matrices from normal(0, 0.02), those that write to the residual stream (wo, w2) from
         normal(0, 0.02 / sqrt(2 * n_layers)); norm weights 1."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1)
-            else:
-                writes = name.endswith(("wo.weight", "w2.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layers) if writes else 0.02
-                parameter.normal_(0, std, generator=generator)
+            self.init_parameter(name, parameter, generator)
+
+    def init_parameter(self, name, out, generator=None):
+        """Fill `out` as reset_parameters() fills the parameter `name`."""
+        if out.dim() == 1:
+            out.fill_(1)
+        else:
+            writes = name.endswith(("wo.weight", "w2.weight"))
+            std = 0.02 / math.sqrt(2 * self.config.n_layers) if writes else 0.02
+            out.normal_(0, std, generator=generator)
 
     def num_parameters(self):
         return sum(parameter.numel() for parameter in self.parameters())
@@ -211,7 +216,7 @@ class Llama(nn.Module):
         h, _ = self.norm(x, residual)  # (B, T, C)
         weight = (self.tok_embeddings if self.output is None else self.output).weight
         if targets is not None:
-            return linear_cross_entropy(h, weight, targets)
+            return self.loss(h, weight, targets)
         if last_only:
             h = h[:, -1:] if rows is None else h[:, rows.last]
         return F.linear(h, weight)

@@ -46,7 +46,8 @@ class TrainConfig:
     n_kv_heads: int | None = option(None, "key/value heads (default: as many as heads)")
     hidden_dim: int | None = option(None, "feed-forward width (default: the paper's rule)")
     seq_len: int | None = option(None, "tokens in a sequence (default: the preset's max_seq_len)")
-    batch_size: int = option(8, "sequences in a forward pass")
+    batch_size: int = option(8, "sequences in a forward pass; of each of several processes that "
+                             "do not share layers")
     grad_accum: int | None = option(None, "forward passes in a step (default: 1, or what "
                                     "--batch-tokens takes)")
     batch_tokens: int | None = option(
@@ -68,6 +69,11 @@ class TrainConfig:
                               "run; a single one is skipped")
     device: str = option("auto", "where to train; auto: on a GPU where there is one",
                          ("auto", "cpu", "cuda"))
+    tensor_parallel: int = option(1, "processes that share each layer, of those that torchrun "
+                                  "starts; the others divide the batches")
+    keep_gathered: bool = option(False, "with several processes: keep each layer's gathered "
+                                 "weights from forward to backward, which is faster and takes "
+                                 "more memory")
     dtype: str = option("auto", "precision of the operations; auto: bf16 where the device has "
                         "instructions for it, else fp32", ("auto", "bf16", "fp32"))
     peak_flops: float | None = option(
@@ -82,7 +88,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("batch_size", "grad_accum", "batch_tokens", "steps", "max_skipped", "seq_len",
-                     "val_every", "save_every", "keep", "log_every"):
+                     "tensor_parallel", "val_every", "save_every", "keep", "log_every"):
             value = getattr(self, name)
             self._expect(name, value is None or value >= 1, "at least 1")
         self._expect("grad_accum", self.grad_accum is None or self.batch_tokens is None,

@@ -25,16 +25,19 @@ class RunLog:
     row has step, val_loss (nats per token), val_bits_per_byte.
     """
 
-    def __init__(self, run, last_step, tensorboard=False):
+    def __init__(self, run, last_step, tensorboard=False, write=True):
         """Open the log under the folder `run`, without rows later than `last_step`.
 
         Those are of steps that are going to run again, because their checkpoint was not written.
+        write=False: the rows are kept in memory only, as another process writes them.
         """
         self.path = Path(run) / "metrics.jsonl"
         self.rows = [row for row in _read(self.path) if row["step"] <= last_step]
+        self._file = self._events = None
+        if not write:
+            return
         write_atomically(self.path, "".join(map(_line, self.rows)).encode())
         self._file = open(self.path, "ab", buffering=0)
-        self._events = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -46,6 +49,8 @@ class RunLog:
         Raises LlamaExtError when it does not fit on the disk.
         """
         self.rows.append(row)
+        if self._file is None:
+            return
         line = _line(row).encode()
         try:
             written = self._file.write(line)
@@ -60,12 +65,14 @@ class RunLog:
 
     def sync(self):
         """Make the rows durable, before a checkpoint that follows them."""
-        os.fsync(self._file.fileno())
+        if self._file:
+            os.fsync(self._file.fileno())
         if self._events:
             self._events.flush()
 
     def close(self):
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._events:
             self._events.close()
 

@@ -1,23 +1,27 @@
 """Training: one flat loop over steps, with validation, checkpoints and exact resumption.
 
 Weights and optimizer state are fp32; with dtype bf16 the matrix products and the fused operations
-run in bf16 under torch.autocast. On one device, a CPU or a GPU. B batch, T tokens.
+run in bf16 under torch.autocast. On one device, a CPU or a GPU, or on one for each process that
+torchrun starts: those split the model and the batches (parallel.py), run the same loop and agree on
+when to stop; rank 0 logs, prints and draws. B batch, T tokens.
 """
 
+import contextlib
 import fcntl
 import gzip
+import io
 import lzma
 import math
 import shutil
 import signal
-import threading
+import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, device, memory
+from . import checkpoint, device, memory, parallel, ranks
 from .errors import LlamaExtError
 from .estimate import flops_per_token
 from .mixture import open_loader
@@ -36,54 +40,85 @@ class Trainer:
     """
 
     def __init__(self, config):
-        if config.tensorboard:
-            require_tensorboard()
         memory.reuse_freed_memory()
         self.config = config
         self.device = device.resolve(config.device)
         self.dtype = device.resolve_dtype(config.dtype, self.device)
         self.run_dir = Path(config.run)
         seq_len = config.model_config(None).max_seq_len
-        self.grad_accum = config.forward_passes(seq_len)
         self.peak_lr, self.warmup = config.peak_lr(), config.warmup_steps()
-        self.val = open_loader(config.data, "val", config.batch_size, seq_len)
-        self.val.check_tokens(2)
-        self.loader = open_loader(config.data, "train", config.batch_size, seq_len,
-                                  seed=config.seed)
-        self.loader.check_tokens(seq_len + 1)
-        model_config = config.model_config(self.loader.vocab_size)
-        self._tokenizer = self.loader.tokenizer_path.read_bytes()
-        self._lock = _lock(self.run_dir)
-        torch.manual_seed(config.seed)
-        self.model = Llama(model_config).to(self.device)  # the same weights on every device
-        self.optimizer = build_optimizer(
-            self.model, config.optimizer, lr=self.peak_lr, beta1=config.beta1, beta2=config.beta2,
-            weight_decay=config.weight_decay)
-        self.val_bytes = self.val.num_bytes
+        ranks.start(self.device.type)
+        with ranks.together():
+            if config.tensorboard:
+                require_tensorboard()
+            vocab_size = open_loader(config.data, "val", 1, seq_len).vocab_size
+            model_config = config.model_config(vocab_size)
+            if config.tensor_parallel > 1:
+                parallel.check(model_config, config.tensor_parallel, ranks.world())
+            self.dp = ranks.world() // config.tensor_parallel  # ranks with batches of their own
+            self.grad_accum = config.forward_passes(seq_len, self.dp)
+            self._open_data(seq_len)
+            self._lock = _lock(self.run_dir) if ranks.rank() == 0 else None
+        self.sequences = config.batch_size * self.grad_accum * self.dp  # in a step
         self.step = 0
         self.skipped = self.skipped_in_a_row = 0  # steps without a finite loss and gradient
         self._saved_step = 0
-        if newest := checkpoint.latest(self.run_dir):
-            self._resume(newest)
-        else:
-            self.loader.verify()  # reads all of it, so only once a run
-        self.log = RunLog(self.run_dir, self.step, tensorboard=config.tensorboard)
+        newest = ranks.gather(checkpoint.latest(self.run_dir))[0]
+        with ranks.together():
+            if newest is None and ranks.rank() == 0:
+                self.loader.verify()  # reads all of it, so only once a run
+        self.model = self._build_model(model_config, newest is None)
+        self.optimizer = build_optimizer(
+            self.model, config.optimizer, lr=self.peak_lr, beta1=config.beta1, beta2=config.beta2,
+            weight_decay=config.weight_decay)
+        with ranks.together():
+            if newest:
+                self._resume(newest)
+            self.log = RunLog(self.run_dir, self.step, config.tensorboard, ranks.rank() == 0)
+
+    def _open_data(self, seq_len):
+        config, place = self.config, {"rank": ranks.rank() // self.config.tensor_parallel,
+                                      "world_size": self.dp}
+        self.val = open_loader(config.data, "val", config.batch_size, seq_len, **place)
+        self.val.check_tokens(2)
+        self.loader = open_loader(config.data, "train", config.batch_size, seq_len,
+                                  seed=config.seed, **place)
+        self.loader.check_tokens(seq_len + 1)
+        self._tokenizer = self.loader.tokenizer_path.read_bytes()
+        self.val_bytes = self.val.num_bytes
+
+    def _build_model(self, model_config, initialize):
+        """The model, with the seed's weights, the same on every device and number of processes,
+        or without any."""
+        config, model = self.config, Llama(model_config, device="meta")
+        torch.manual_seed(config.seed)
+        if ranks.is_joined():
+            mesh = parallel.mesh(model_config, config.tensor_parallel, self.device.type)
+            parallel.parallelize(model, mesh, torch.bfloat16 if self.dtype == "bf16" else
+                                 torch.float32, reshard_after_forward=not config.keep_gathered)
+        model.to_empty(device=self.device)
+        if initialize:
+            parallel.reset_parameters(model, config.seed)
+        return model
 
     def train(self):
         """Run the remaining steps; return the signal that stopped it early, or None.
 
-        After SIGINT or SIGTERM the current step is finished and saved; a second one ends the
-        process at once. A step whose loss or gradient is not finite leaves weights and optimizer
-        as they are; raises LlamaExtError after max_skipped of them in a row.
+        After SIGINT or SIGTERM, to any of the processes, the current step is finished and saved; a
+        second one ends a process that runs alone at once. A step whose loss or gradient is not
+        finite leaves weights and optimizer as they are; raises LlamaExtError after max_skipped of
+        them in a row.
         """
         config = self.config
-        tokens = self.grad_accum * config.batch_size * self.loader.seq_len
+        tokens = self.sequences * self.loader.seq_len
         step_flops = tokens * flops_per_token(self.model.config, self.loader.seq_len)
         peak = config.peak_flops or device.peak_flops(self.device, self.dtype)
         width, height = shutil.get_terminal_size()  # 80, 24 where it is unknown
-        with _StopSignal() as stop, tqdm(total=config.steps, initial=self.step, disable=None,
-                                         unit="step", ncols=width, nrows=height) as bar:
+        bar = tqdm(total=config.steps, initial=self.step, unit="step", ncols=width, nrows=height,
+                   disable=ranks.rank() > 0 or None)
+        with ranks.StopSignal() as stop, bar:
             while True:
+                stop.agree()
                 if self._is_due(config.val_every) and not self._is_validated():
                     self._validate(stop, bar)
                 if (self._is_due(config.save_every) or stop.signal) and self.step:
@@ -97,18 +132,20 @@ class Trainer:
                        "lr": lr, "tokens_per_second": round(tokens / seconds, 1),
                        "memory_bytes": device.peak_memory(self.device)}
                 if peak:
-                    row["mfu"] = round(step_flops / seconds / peak, 4)
+                    row["mfu"] = round(step_flops / seconds / (peak * ranks.world()), 4)
                 if self.skipped_in_a_row:
                     row["skipped"] = self.skipped
                 self.log.add(**row)
                 self._show(bar, loss, norm, row, seconds)
                 if self.skipped_in_a_row:
-                    self._after_skip(bar, loss, norm)
+                    with ranks.together():
+                        self._after_skip(bar, loss, norm)
 
     def close(self):
         """Let go of the run folder."""
         self.log.close()
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
 
     def _update(self):
         """One step; (loss in nats per token, norm of the gradient, learning rate). The device is
@@ -118,14 +155,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses = []
-        for _ in range(self.grad_accum):
+        for left in reversed(range(self.grad_accum)):
+            if ranks.is_joined():
+                parallel.accumulate(self.model, last=left == 0)
             tokens, targets = device.to_device(next(self.loader), self.device)  # (B, T) each
             with self._autocast():
                 loss = self.model(tokens, targets) / self.grad_accum
             loss.backward()
             losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        loss, norm = torch.stack([torch.stack(losses).sum(), norm]).tolist()
+        loss = torch.stack(losses).sum()
+        if ranks.is_joined():
+            loss, norm = parallel.mean(loss), norm.full_tensor()
+        loss, norm = torch.stack([loss, norm]).tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             self.skipped_in_a_row = 0
@@ -154,13 +196,16 @@ class Trainer:
         """(nats per token, bits per byte) over all validation text; None when `stop` came."""
         nats, count = 0.0, 0
         for tokens, targets in self.val.batches():
-            if stop is not None and stop.signal:
+            if stop is not None and stop.agree():
                 return None
             n = int((targets != -100).sum())
             tokens, targets = device.to_device((tokens, targets), self.device)
             with self._autocast():
-                nats += float(self.model(tokens, targets)) * n
+                loss = float(self.model(tokens, targets))
+            nats += loss * n if n else 0.0  # a mean of nothing may be NaN
             count += n
+        parts = ranks.gather((nats, count))  # the tp ranks of one batch all have its sum
+        nats, count = (math.fsum(values) / self.config.tensor_parallel for values in zip(*parts))
         return nats / count, nats / math.log(2) / self.val_bytes
 
     def _validate(self, stop, bar):
@@ -169,8 +214,9 @@ class Trainer:
             return
         loss, bpb = result
         self.log.add(step=self.step, val_loss=loss, val_bits_per_byte=bpb)
-        plot_losses(self.run_dir / "loss.png", self.log.rows,
-                    self.val_bytes / self.val.num_targets)
+        if ranks.rank() == 0:
+            plot_losses(self.run_dir / "loss.png", self.log.rows,
+                        self.val_bytes / self.val.num_targets)
         bar.write(f"step {self.step}: validation loss {loss:.4f}, {bpb:.4f} bits per byte")
 
     def _is_due(self, every):
@@ -181,13 +227,14 @@ class Trainer:
         return row is not None and row["step"] == self.step
 
     def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16,
+                              enabled=self.dtype == "bf16" and not ranks.is_joined())
 
     def _identity(self):
         """What must not change between the parts of one run."""
-        same = {n: getattr(self.config, n) for n in ("batch_size", "optimizer", "seed")}
         return {**self.model.config.to_dict(), "seq_len": self.loader.seq_len,
-                "data": self.loader.fingerprint, "grad_accum": self.grad_accum, **same}
+                "data": self.loader.fingerprint, "sequences_per_step": self.sequences,
+                "optimizer": self.config.optimizer, "seed": self.config.seed}
 
     def _options(self):
         """What may change, at the price of a curve that is no longer one recipe's."""
@@ -233,10 +280,24 @@ class Trainer:
 def train(config):
     """Train as `config`, a TrainConfig, says; print a report at the end.
 
-    Returns a dict: step, signal (that stopped it, or None), val_loss (nats per token),
-    val_bits_per_byte, gzip_bits_per_byte, xz_bits_per_byte, checkpoint and loss_curve (paths).
-    Raises as Trainer does.
+    Every process that torchrun starts calls it; rank 0 prints. Returns a dict: step, signal (that
+    stopped it, or None), and on rank 0 val_loss (nats per token), val_bits_per_byte,
+    gzip_bits_per_byte, xz_bits_per_byte, checkpoint and loss_curve (paths). Raises as Trainer
+    does, and LlamaExtError when another of the processes has ended.
     """
+    with contextlib.redirect_stdout(io.StringIO() if ranks.rank() else sys.stdout):
+        try:
+            result = _train(config)
+        except RuntimeError as error:
+            if not ranks.has_lost_another(error):
+                raise
+            raise LlamaExtError("train: expected the other processes of this run to go on, but "
+                                "one has ended; what it said, if anything, tells why") from error
+    ranks.finish()
+    return result
+
+
+def _train(config):
     trainer = Trainer(config)
     try:
         if trainer.step >= config.steps:
@@ -245,14 +306,17 @@ def train(config):
         else:
             where = (f"{torch.get_num_threads()} threads" if trainer.device.type == "cpu"
                      else torch.cuda.get_device_name(trainer.device))
+            if ranks.world() > 1:
+                where += f" in each of {trainer.dp} x {config.tensor_parallel} processes"
             print(f"training {trainer.model.num_parameters():,} parameters in {trainer.dtype} on "
                   f"{where}, steps {trainer.step + 1} to {config.steps} of "
-                  f"{config.batch_size * trainer.grad_accum * trainer.loader.seq_len:,} tokens; "
+                  f"{trainer.sequences * trainer.loader.seq_len:,} tokens; "
                   f"an epoch has {trainer.loader.num_tokens:,}", flush=True)
         stopped = trainer.train()
         if stopped:
             print(f"stopped by {signal.Signals(stopped).name} after step {trainer.step}; the same "
                   f"command resumes there\ntrained on {trainer.loader.progress()}")
+        if stopped or ranks.rank():
             return {"step": trainer.step, "signal": stopped}
         return _report(trainer)
     finally:
@@ -281,29 +345,6 @@ def _report(trainer):
           f"trained on {trainer.loader.progress()}\n"
           f"loss curve: {result['loss_curve']}\ncheckpoint: {result['checkpoint']}", flush=True)
     return result
-
-
-class _StopSignal:
-    """Holds in `signal` the SIGINT or SIGTERM that came within the block, None before that."""
-
-    def __enter__(self):
-        self.signal, self._previous = None, {}
-        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number, frame):
-        self.signal = number
-        self._restore()  # a second one is not held up
-
-    def _restore(self):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def __exit__(self, *exception):
-        self._restore()
 
 
 def _lock(run_dir):
