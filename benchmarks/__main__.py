@@ -97,12 +97,6 @@ def main():
                          help="which GPU (default: %(default)s)")
     command.set_defaults(run=report.run)
     command = commands.add_parser(
-        "overlap", help="share of FSDP's communication that runs while something is computed",
-        description=overlap.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_argument("--out", default="overlap.png",
-                         help="picture of a step (default: %(default)s)")
-    command.set_defaults(run=overlap.run)
-    command = commands.add_parser(
         "memory", help="what a transformer block keeps and recomputes, in each way to write it",
         description=memory.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"dim": 1024, "heads": 8, "batch": 1, "tokens": 1024, "rounds": 9,
@@ -112,6 +106,12 @@ def main():
     command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"],
                          help="default fp32 bf16")
     command.set_defaults(run=memory.run)
+    command = commands.add_parser(
+        "overlap", help="share of FSDP's communication that runs while something is computed",
+        description=overlap.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--out", default="overlap.png",
+                         help="picture of a step (default: %(default)s)")
+    command.set_defaults(run=overlap.run)
     args = parser.parse_args()
     args.run(args)
 

@@ -202,8 +202,10 @@ def load_model(path, device=None, dtype=None, before=None):
     tokenizer = Tokenizer(path / "tokenizer.model")
     if before is not None:
         before(model, tokenizer)
+    stored = _shapes(path, _WHOLE[:1])
+    _weights(path, model, stored)  # for the error
     model.to_empty(device=device or "cpu")
-    _read(path, _weights(path, model, _shapes(path, _WHOLE[:1])))
+    _read(path, _weights(path, model, stored))
     return model, tokenizer
 
 

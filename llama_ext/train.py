@@ -45,18 +45,19 @@ class Trainer:
         self.device = device.resolve(config.device)
         self.dtype = device.resolve_dtype(config.dtype, self.device)
         self.run_dir = Path(config.run)
+        seq_len = config.model_config(None).max_seq_len
         self.peak_lr, self.warmup = config.peak_lr(), config.warmup_steps()
         ranks.start(self.device.type)
         with ranks.together():
             if config.tensorboard:
                 require_tensorboard()
-            seq_len = config.model_config(None).max_seq_len
-            self.dp = max(1, ranks.world() // config.tensor_parallel)  # ranks with own batches
-            self.grad_accum = config.forward_passes(seq_len, self.dp)
-            self._open_data(seq_len)
-            model_config = config.model_config(self.loader.vocab_size)
+            vocab_size = open_loader(config.data, "val", 1, seq_len).vocab_size
+            model_config = config.model_config(vocab_size)
             if config.tensor_parallel > 1:
                 parallel.check(model_config, config.tensor_parallel, ranks.world())
+            self.dp = ranks.world() // config.tensor_parallel  # ranks with batches of their own
+            self.grad_accum = config.forward_passes(seq_len, self.dp)
+            self._open_data(seq_len)
             self._lock = _lock(self.run_dir) if ranks.rank() == 0 else None
         self.sequences = config.batch_size * self.grad_accum * self.dp  # in a step
         self.step = 0
@@ -76,12 +77,12 @@ class Trainer:
             self.log = RunLog(self.run_dir, self.step, config.tensorboard, ranks.rank() == 0)
 
     def _open_data(self, seq_len):
-        config = self.config
-        options = {"rank": ranks.rank() // config.tensor_parallel % self.dp, "world_size": self.dp}
-        self.val = open_loader(config.data, "val", config.batch_size, seq_len, **options)
+        config, place = self.config, {"rank": ranks.rank() // self.config.tensor_parallel,
+                                      "world_size": self.dp}
+        self.val = open_loader(config.data, "val", config.batch_size, seq_len, **place)
         self.val.check_tokens(2)
         self.loader = open_loader(config.data, "train", config.batch_size, seq_len,
-                                  seed=config.seed, **options)
+                                  seed=config.seed, **place)
         self.loader.check_tokens(seq_len + 1)
         self._tokenizer = self.loader.tokenizer_path.read_bytes()
         self.val_bytes = self.val.num_bytes
