@@ -209,6 +209,18 @@ def load_model(path, device=None, dtype=None, before=None):
     return model, tokenizer
 
 
+def shapes(path):
+    """{name: shape} of the weights that the checkpoint `path` holds."""
+    stored = _shapes(Path(path), _WHOLE[:1])
+    return {key.removeprefix("model/"): shape for key, shape in stored.items()
+            if key.startswith("model/")}
+
+
+def read(path, weights):
+    """Fill `weights`, {name: tensor}, some of those that the checkpoint `path` holds."""
+    _read(Path(path), {f"model/{name}": tensor for name, tensor in weights.items()})
+
+
 def _weights(path, model, stored):
     """{"model/<name>": parameter}. Raises LlamaExtError unless those are what is stored."""
     weights = {f"model/{name}": p.detach() for name, p in model.named_parameters()}

@@ -181,7 +181,18 @@ def _open_ours(path):
     checkpoint.read_state(step)
     file = step / "config.json"
     config = _config(file, _json(file))
-    return Weights(step, "ours", config, _safetensors(step / "model.safetensors"), step)
+    if (step / "model.safetensors").is_file():
+        tensors = _safetensors(step / "model.safetensors")
+    else:  # the shards of several processes
+        tensors = {name: Entry(shape, torch.float32, functools.partial(_read_stored, step, name))
+                   for name, shape in checkpoint.shapes(step).items()}
+    return Weights(step, "ours", config, tensors, step)
+
+
+def _read_stored(step, name):
+    tensor = torch.empty(checkpoint.shapes(step)[name])
+    checkpoint.read(step, {name: tensor})
+    return tensor
 
 
 # --- Hugging Face ---

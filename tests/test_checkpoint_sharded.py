@@ -10,6 +10,7 @@ import torch.distributed as dist
 import processes
 from corpus import flip_bit, full_disk, halve, write_texts
 from llama_ext import checkpoint, parallel
+from llama_ext.convert import convert
 from llama_ext.errors import LlamaExtError
 from llama_ext.model import Llama
 from llama_ext.optim import build_optimizer
@@ -151,6 +152,16 @@ def test_model_and_tokenizer_for_generation_come_from_shards(runs):
     saved = runs[1][tp, tp, optimizer][0]
     assert all(torch.equal(p, saved[name]) for name, p in model.named_parameters())
     assert tokenizer.vocab_size == 310 and model(torch.tensor([[1, 2]])).shape == (1, 2, 310)
+
+
+def test_shards_are_converted(runs, tmp_path):
+    tp, optimizer, folder = runs[0][1]
+    convert(folder, tmp_path / "meta", to="meta", dtype="float32")
+    saved = runs[1][tp, tp, optimizer][0]
+    tensors = torch.load(tmp_path / "meta" / "consolidated.00.pth")
+    assert tensors and all(torch.equal(tensor, saved[name]) for name, tensor in tensors.items()
+                           if name in saved)
+    assert {name for name in saved if " " not in name} <= tensors.keys()
 
 
 def refusal(folder, **shape):
