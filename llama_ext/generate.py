@@ -23,7 +23,8 @@ def generate(model, prompt_ids, max_new_tokens, *, batch_size=16, **options):
 
     temperature: 0 takes the most probable token, else the logits are divided by it. top_k: draw
     from that many most probable tokens (None: all). top_p: draw from the smallest set of the most
-    probable of those whose probabilities sum to it (nucleus sampling, arXiv 1904.09751). A
+    probable of those whose probabilities sum to it (nucleus sampling, arXiv 1904.09751).
+    vocab_size: draw from the first so many ids (None: all), for a model wider than its tokenizer. A
     continuation ends before eos_id, after max_new_tokens, or when prompt and new tokens fill the
     model's max_seq_len. Prompt number i draws as if generated alone with seed + i; seed None takes
     one from torch's global generator. At most batch_size prompts are at work at a time; together
@@ -41,7 +42,7 @@ def generate(model, prompt_ids, max_new_tokens, *, batch_size=16, **options):
 
 
 def stream(model, prompt_ids, max_new_tokens, *, temperature=1.0, top_p=1.0, top_k=None,
-           eos_id=None, seed=None, batch_size=16, ended=()):
+           vocab_size=None, eos_id=None, seed=None, batch_size=16, ended=()):
     """An iterator over the ids that `generate` returns for one prompt, each as soon as known. For
     several prompts, over pairs (i, id), and (i, None) when prompt number i is complete.
 
@@ -51,13 +52,13 @@ def stream(model, prompt_ids, max_new_tokens, *, temperature=1.0, top_p=1.0, top
     prompts = prompt_ids if several else [prompt_ids]
     _validate(model, prompts, max_new_tokens, temperature, top_p, top_k, batch_size)
     seed = int(torch.randint(2 ** 62, ())) if seed is None else seed
-    tokens = _stream(model, prompts, max_new_tokens, batch_size, eos_id, seed, ended,
+    tokens = _stream(model, prompts, max_new_tokens, batch_size, vocab_size, eos_id, seed, ended,
                      {"temperature": temperature, "top_p": top_p, "top_k": top_k})
     return tokens if several else (token for _, token in tokens if token is not None)
 
 
 @torch.inference_mode()
-def _stream(model, prompts, max_new_tokens, batch_size, eos_id, seed, ended, how):
+def _stream(model, prompts, max_new_tokens, batch_size, vocab_size, eos_id, seed, ended, how):
     weight, context = model.tok_embeddings.weight, model.config.max_seq_len
     limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
     waiting = collections.deque()
@@ -88,7 +89,7 @@ def _stream(model, prompts, max_new_tokens, batch_size, eos_id, seed, ended, how
         rows = CacheRows(order, [lengths[row] for row in order], [len(new[row]) for row in order],
                          size, device=weight.device)
         tokens = torch.tensor([[*itertools.chain(*map(new.get, order))]], device=weight.device)
-        logits = model(tokens, cache=cache, last_only=True, rows=rows)[0]  # (R, V)
+        logits = model(tokens, cache=cache, last_only=True, rows=rows)[0, :, :vocab_size]  # (R, V)
         draw = torch.stack([next(draws[row]) for row in order]).to(logits.device)
         for row, token in zip(order, sample(logits, draw, **how).tolist()):
             i = work[row]
@@ -131,8 +132,8 @@ def generate_text(model, tokenizer, prompts, max_new_tokens, *, stop=(), **optio
     bos) or of lists of ids.
 
     stop: texts before the first of which a continuation ends; the one that is complete first
-    counts, the longest of several that are. options: those of `generate`; eos_id is the
-    tokenizer's. Raises ValueError as `generate` does, and for an empty stop text.
+    counts, the longest of several that are. options: those of `generate`; vocab_size and eos_id
+    are the tokenizer's. Raises ValueError as `generate` does, and for an empty stop text.
     """
     texts = [""] * len(prompts)
     for i, piece in stream_text(model, tokenizer, prompts, max_new_tokens, stop=stop, **options):
@@ -149,8 +150,8 @@ def stream_text(model, tokenizer, prompts, max_new_tokens, *, stop=(), **options
     ended = set()
     prompt_ids = [tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
                   for prompt in prompts]
-    ids = stream(model, prompt_ids, max_new_tokens, eos_id=tokenizer.eos_id, ended=ended,
-                 **options)
+    ids = stream(model, prompt_ids, max_new_tokens, vocab_size=tokenizer.vocab_size,
+                 eos_id=tokenizer.eos_id, ended=ended, **options)
     return _stream_text(tokenizer, ids, len(prompts), tuple(stop), ended)
 
 

@@ -211,6 +211,14 @@ def test_the_reader_ends_a_prompt(model):
     assert got == [[*ids[:i + 1], None] for i, ids in enumerate(free)]
 
 
+@pytest.mark.parametrize("temperature", [0, 2.0])
+def test_draws_come_from_the_vocabulary(model, temperature):
+    """Of a model that is wider than its tokenizer."""
+    options = {"temperature": temperature, "seed": 3}
+    assert max(map(max, generate(model, PROMPTS, 12, **options))) >= 20
+    assert max(map(max, generate(model, PROMPTS, 12, vocab_size=20, **options))) < 20
+
+
 def test_draws_come_from_the_top_k():
     logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
     draws = torch.linspace(0, 1 - 2 ** -24, 1001)
@@ -241,7 +249,7 @@ def tokenizer(tmp_path_factory):
 def writes(monkeypatch, tokenizer):
     """Lets `stream` give the tokens of chosen texts, one a step; returns stream_text's pieces."""
     def pieces(texts, **options):
-        def tokens(model, prompts, count, *, ended, eos_id):
+        def tokens(model, prompts, count, *, ended, eos_id, vocab_size):
             ids = [tokenizer.encode(text) for text in texts]
             for step in range(max(map(len, ids)) + 1):
                 for i, left in enumerate(ids):
