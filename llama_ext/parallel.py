@@ -57,7 +57,8 @@ def parallelize(model, mesh, dtype=torch.float32, *, reshard_after_forward=True,
     those. dtype: what the computation runs in; parameters are gathered in it, gradients reduced
     along dp in fp32 (averaged). reshard_after_forward: free a layer's gathered parameters between
     its forward and backward, at the price of gathering them twice. prefetch: gather the next
-    layer's parameters while this one computes.
+    layer's parameters while this one computes (on a GPU; a CPU has no streams for it, and gathers
+    them before).
 
     The model may be on the meta device: then follow with model.to_empty(device=...) and
     reset_parameters(model, seed) or checkpoint.load. model(tokens, targets) takes this dp rank's
@@ -79,8 +80,6 @@ def parallelize(model, mesh, dtype=torch.float32, *, reshard_after_forward=True,
             module.set_modules_to_forward_prefetch([after])
         for module, before in zip(layers[1:], layers):
             module.set_modules_to_backward_prefetch([before])
-        if mesh.device_type == "cpu":  # it has no streams on which a gather runs by itself
-            model._set_unshard_async_op(True)
     return model
 
 

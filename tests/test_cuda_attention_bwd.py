@@ -138,7 +138,7 @@ def test_head_dims(D, dtype):
         check(*inputs(1, 70, 133, 2, 1, D, dtype), dlse=True, **MASKS[mask])
 
 
-@pytest.mark.parametrize("window", [1, 15, 16, 64, 65, 127, 128, 129, 1000])
+@pytest.mark.parametrize("window", [1, 15, 16, 64, 65, 72, 74, 127, 128, 129, 1000])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("D, T, S", [(64, 300, 290), (128, 140, 260)])
 def test_windows_around_the_tiles(window, causal, D, T, S):
@@ -250,7 +250,8 @@ def test_scale(scale, dtype, D):
     check(q, k, v, dlse=True, scale=scale, **({"causal": False} if scale == 0.01 else {}))
 
 
-@pytest.mark.parametrize("D, dtype", [(64, torch.bfloat16), (128, torch.float16)])
+@pytest.mark.parametrize("D, dtype", [(64, torch.bfloat16), (128, torch.float16),
+                                      (24, torch.float32)])
 @every_mask
 def test_very_negative_lse_around_the_tiles(mask, D, dtype):
     """exp of anything but a difference overflows; of rows beyond the end too."""

@@ -61,7 +61,7 @@ FAULTS = [
     ("sign of the scale lost", FWD, "if (a.scale < 0) {", "if (false) {"),
     ("scale off by 0.5 %", FWD, "fabsf(float(a.scale)) * kLog2E",
      "fabsf(float(a.scale)) * 1.4499f"),
-    ("masked scores are NaN when the scale is 0", FWD, "kLog2E, FLT_MIN);  // > 0", "kLog2E, 0);"),
+    ("masked scores are NaN when the scale is 0", FWD, "kLog2E, FLT_MIN);", "kLog2E, 0);"),
     ("too large weights go unnoticed", FWD, "if (__any_sync(kAllLanes, too_large)) {",
      "if (false) {"),
     ("only the first row watched", FWD, "too_large |= sums[r][half] > kTooLarge<T>;",
@@ -83,7 +83,7 @@ FAULTS = [
     ("no bound on the queries stored", FWD, "if (i0 + row < s.T && piece * 8 < D)",
      "if (piece * 8 < D)"),
     ("unaligned operands taken for aligned", FWD, "fits &= aligned(p);", "fits &= true;"),
-    ("odd strides taken for aligned", FWD, "fits &= size[i] == 1 || stride[i] % 8 == 0;", ""),
+    ("odd strides taken for aligned", FWD, "fits &= size[i] == 1 || stride[i] % 8 == 0;", ";"),
     # few queries
     ("keys left over by the parts", DECODE, "int(int64_t(tiles) * (blockIdx.y + 1) / gridDim.y)",
      "tiles / gridDim.y * (blockIdx.y + 1)"),
