@@ -137,8 +137,10 @@ def linear_cross_entropy(rows, C, V):
 def linear_int8(rows, K, N):
     """Beside a linear layer with weights in the dtype of x, which reads twice as many bytes."""
     def inputs(dtype):
-        return [torch.randn(rows, K).to(dtype), torch.randint(-127, 128, (N, K), dtype=torch.int8),
-                torch.rand(N) / 100, torch.randn(N, K).to(dtype)]
+        weight = torch.randint(-127, 128, (N, K), dtype=torch.int8)
+        scale = torch.rand(N) / 100
+        return [torch.randn(rows, K).to(dtype), weight, scale,
+                (weight * scale[:, None]).to(dtype)]
     return Case("linear_int8", f"{rows} x {K} -> {N}", inputs, {
         "llama_ext": lambda x, weight, scale, _: lx.linear_int8(x, weight, scale),
         "eager": lambda x, weight, scale, _: lx.ref.linear_int8(x, weight, scale),

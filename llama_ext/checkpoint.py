@@ -20,12 +20,13 @@ import zlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors import torch as st
 
 from .errors import LlamaExtError
 from .files import fsync_folder, seal, unseal
 from .model import Llama, LlamaConfig
+from .quantize import quantize_
 from .tokenizer import Tokenizer
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -122,16 +123,25 @@ def load(path, model, optimizer):
     _load_training_tensors(Path(path) / "training.safetensors", model, optimizer)
 
 
-def load_model(path):
+def load_model(path, int8=False):
     """(model, tokenizer) of the checkpoint folder `path`, for generation.
 
+    int8: linear layers become Int8Linear, quantised one by one as they are read, so that no more
+    than one is ever held in full. A checkpoint that was saved quantised is loaded as it is.
     Raises LlamaExtError naming the file that is missing or damaged.
     """
     path = Path(path)
     if fault := _fault(path, ("config.json", "model.safetensors", "tokenizer.model")):
         raise LlamaExtError(fault)
-    model = Llama(LlamaConfig.from_dict(json.loads((path / "config.json").read_bytes())))
-    _load_weights(path / "model.safetensors", model)
+    config = LlamaConfig.from_dict(json.loads((path / "config.json").read_bytes()))
+    file = path / "model.safetensors"
+    if int8 or _is_quantized(file):
+        with torch.device("meta"):
+            model = quantize_(Llama(config))
+        _load_weights_one_by_one(file, model.to_empty(device="cpu"))
+    else:
+        model = Llama(config)
+        _load_weights(file, model)
     return model, Tokenizer(path / "tokenizer.model")
 
 
@@ -143,6 +153,30 @@ def _load_weights(file, model):
     except RuntimeError as error:  # names or shapes differ: torch lists them, a line each
         detail = " ".join(str(error).split())
         raise LlamaExtError(f"{file} does not fit the model: {detail}") from error
+
+
+def _is_quantized(file):
+    with safe_open(file, "pt") as f:
+        return any(name.endswith(".scale") for name in f.keys())
+
+
+def _load_weights_one_by_one(file, model):
+    """Into a quantised model, from weights in full or quantised."""
+    full = not _is_quantized(file)
+    expected = {name for name in model.state_dict() if not (full and name.endswith(".scale"))}
+    with safe_open(file, "pt") as f:
+        names = set(f.keys())
+        if names != expected:
+            raise LlamaExtError(f"{file} does not fit the model: it lacks "
+                                f"{sorted(expected - names)} and has {sorted(names - expected)}")
+        try:
+            for name in names:
+                model.load_state_dict({name: f.get_tensor(name)}, strict=False)
+        except RuntimeError as error:  # shapes differ
+            raise LlamaExtError(f"{file} does not fit the model: {' '.join(str(error).split())}"
+                                ) from error
+        except ValueError as error:
+            raise LlamaExtError(f"{file}: {error}") from error
 
 
 def _training_tensors(model, optimizer):

@@ -104,6 +104,8 @@ def _generate_options(parser):
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the most probable "
                         "tokens that together have this probability (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of the draws (default: another every time)")
+    parser.add_argument("--int8", action="store_true", help="keep the weights of linear layers in "
+                        "int8, quantised while they are loaded: a quarter of the memory of fp32")
     parser.set_defaults(run_command=_run_generate)
 
 
@@ -118,7 +120,8 @@ def _run_generate(options):
     except UnicodeDecodeError as error:
         raise LlamaExtError(f"generate: --prompt: expected UTF-8 text, got byte "
                             f"{prompt[error.start]:#04x} at {error.start}") from None
-    model, tokenizer = checkpoint.load_model(checkpoint.find(options["run"]))
+    model, tokenizer = checkpoint.load_model(checkpoint.find(options["run"]),
+                                             int8=options["int8"])
     ids = tokenizer.encode(prompt, bos=True)
     new_ids = stream(model, ids, options["max_new_tokens"], temperature=options["temperature"],
                      top_p=options["top_p"], seed=options["seed"], eos_id=tokenizer.eos_id)

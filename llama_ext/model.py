@@ -12,6 +12,7 @@ from torch import nn
 
 from .layers import CausalSelfAttention, FeedForward, RMSNorm, RotaryEmbedding
 from .ops import linear_cross_entropy
+from .quantize import Int8Linear
 
 _PRESETS = {
     "tiny": {"dim": 320, "n_layers": 6, "n_heads": 5, "vocab_size": 4096, "multiple_of": 64,
@@ -192,10 +193,17 @@ class Llama(nn.Module):
         if cache is not None:
             cache.length = end
         h, _ = self.norm(x, residual)  # (B, T, C)
-        weight = (self.tok_embeddings if self.output is None else self.output).weight
         if targets is not None:
-            return linear_cross_entropy(h, weight, targets)
-        return F.linear(h[:, -1:] if last_only else h, weight)
+            return linear_cross_entropy(h, self._output_weight(h.dtype), targets)
+        h = h[:, -1:] if last_only else h
+        if self.output is None:
+            return F.linear(h, self.tok_embeddings.weight)
+        return self.output(h)
+
+    def _output_weight(self, dtype):
+        if isinstance(self.output, Int8Linear):
+            return self.output.dequantize(dtype)
+        return (self.tok_embeddings if self.output is None else self.output).weight
 
     def _embed(self, tokens):
         try:
