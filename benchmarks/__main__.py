@@ -10,13 +10,13 @@ import torch
 from tqdm import tqdm
 
 import llama_ext as lx
-from llama_ext import memory
+from llama_ext.memory import reuse_freed_memory, status
 
-from . import counts
+from . import baseline, counts, memory, overlap
+from .a100 import model, report
 from .cases import CASES
-from .timing import measure
+from .timing import DTYPES, measure
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = ("forward", "forward+backward")
 
 
@@ -32,7 +32,7 @@ def geometric_mean(values):
 
 
 def run(args):
-    memory.reuse_freed_memory()
+    reuse_freed_memory()
     torch.set_num_threads(args.threads)
     ops = list(dict.fromkeys(case.op for case in CASES))
     unknown = set(args.ops or ops) - set(ops)
@@ -42,7 +42,7 @@ def run(args):
              for dtype in args.dtypes]
     print(f"llama_ext {lx.__version__}, torch {torch.__version__}, CPU kernels "
           f"{lx.info()['cpu']['isa']}, {args.threads} threads; milliseconds, medians of "
-          f"{args.rounds} interleaved rounds; freed memory {memory.status()}")
+          f"{args.rounds} interleaved rounds; freed memory {status()}")
     header = f"{'op':20} {'shape':26} {'dtype':5} {'direction':16} {'ours':>9} " \
              f"{'best peer':>20} {'ratio':>6}"
     rows, summary = [], {}
@@ -87,7 +87,31 @@ def main():
         description=counts.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--ops", nargs="+", choices=sorted({case.op for case in counts.CASES}),
                          help="which ops (all when not given)")
-    command.set_defaults(run=counts.run)
+    command.add_argument("--save", action="store_true",
+                         help="renew benchmarks/baseline.json, which the tests compare with")
+    command.set_defaults(run=lambda args: baseline.save() if args.save else counts.run(args))
+    command = commands.add_parser(
+        "a100", help="modelled times of attention on an A100, and the model's check",
+        description=report.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--gpu", choices=model.GPUS, default="A100-80GB",
+                         help="which GPU (default: %(default)s)")
+    command.set_defaults(run=report.run)
+    command = commands.add_parser(
+        "memory", help="what a transformer block keeps and recomputes, in each way to write it",
+        description=memory.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"dim": 1024, "heads": 8, "batch": 1, "tokens": 1024, "rounds": 9,
+                          "threads": torch.get_num_threads()}.items():
+        command.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    command.add_argument("--kv-heads", type=int, help="default: as --heads")
+    command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"],
+                         help="default fp32 bf16")
+    command.set_defaults(run=memory.run)
+    command = commands.add_parser(
+        "overlap", help="share of FSDP's communication that runs while something is computed",
+        description=overlap.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--out", default="overlap.png",
+                         help="picture of a step (default: %(default)s)")
+    command.set_defaults(run=overlap.run)
     args = parser.parse_args()
     args.run(args)
 

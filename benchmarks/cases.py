@@ -73,7 +73,7 @@ def _rotate_half(x, cos, sin):
     return x * c + torch.cat((-b, a), -1) * s
 
 
-def _complex(x, cos, sin):
+def complex_rope(x, cos, sin):
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(-2).to(x.dtype)
 
@@ -82,7 +82,7 @@ def rope(B, T, H, D, interleaved):
     def inputs(dtype):
         angle = torch.outer(torch.arange(T), 1e4 ** (-torch.arange(0, D, 2) / D))
         return [torch.randn(B, T, H, D).to(dtype), angle.cos(), angle.sin()]
-    by_hand = _complex if interleaved else _rotate_half
+    by_hand = complex_rope if interleaved else _rotate_half
     return Case("rope", f"{B} x {T} x {H} x {D} {'Meta' if interleaved else 'HF'}", inputs, {
         "llama_ext": lambda x, cos, sin: lx.rope(x, cos, sin, interleaved),
         "eager": by_hand,

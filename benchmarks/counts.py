@@ -136,7 +136,7 @@ class Counts:
     launch: dict  # of the kernel that moves the most
 
 
-def _vgpu():
+def vgpu():
     """The virtual A100's library and machine_code; CPU tensors go to it from now on."""
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
@@ -148,7 +148,7 @@ def _vgpu():
 
 def registers_and_loads_in_flight(launch):
     """Of a launch's kernel; loads in KiB."""
-    library, machine_code = _vgpu()
+    library, machine_code = vgpu()
     for source in library.nvcc.SOURCES:
         known = machine_code.resources(library.CSRC / "cuda" / source.name)
         if launch["kernel"] in known:
@@ -162,7 +162,7 @@ def registers_and_loads_in_flight(launch):
 @functools.cache
 def count(case):
     """Runs a case on the virtual A100."""
-    library, _ = _vgpu()
+    library, _ = vgpu()
     torch.manual_seed(0)
     call, ideal = case.prepare()
     library.take_log()
@@ -182,21 +182,30 @@ def count(case):
         total("warp_instructions") / (ideal / 1024), main)
 
 
+def figures(case):
+    """A dict of the table's figures."""
+    counts = count(case)
+    registers, in_flight = registers_and_loads_in_flight(counts.launch)
+    return {"bytes": counts.bytes, "asked": counts.asked, "sectors": counts.sectors,
+            "shared": counts.shared, "per KiB": counts.per_kib, "registers": registers,
+            "in flight": in_flight}
+
+
 HEADER = (f"{'op':16} {'direction':9} {'shape':34} {'bytes':>6} {'asked':>6} {'sectors':>7} "
           f"{'shared':>6} {'per KiB':>7} {'registers':>9} {'in flight':>9}")
 
 
-def line(case, counts):
+def line(case):
     """A line of the table under HEADER."""
-    shared = "-" if counts.shared is None else f"{counts.shared:.3f}"
-    registers, in_flight = registers_and_loads_in_flight(counts.launch)
-    return (f"{case.op:16} {case.direction:9} {case.shape:34} {counts.bytes:6.3f} "
-            f"{counts.asked:6.3f} {counts.sectors:7.3f} {shared:>6} {counts.per_kib:7.0f} "
-            f"{registers:9} {in_flight:9.0f}")
+    found = figures(case)
+    shared = "-" if found["shared"] is None else f"{found['shared']:.3f}"
+    return (f"{case.op:16} {case.direction:9} {case.shape:34} {found['bytes']:6.3f} "
+            f"{found['asked']:6.3f} {found['sectors']:7.3f} {shared:>6} {found['per KiB']:7.0f} "
+            f"{found['registers']:9} {found['in flight']:9.0f}")
 
 
 def run(args):
     print(__doc__, HEADER, sep="\n")
     for case in CASES:
         if case.op in (args.ops or [case.op]):
-            print(line(case, count(case)), flush=True)
+            print(line(case), flush=True)

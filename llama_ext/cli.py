@@ -1,4 +1,4 @@
-"""The command line, `llama-ext` or `python -m llama_ext`: info, prepare, train, generate.
+"""The command line, `llama-ext` or `python -m llama_ext`.
 
 Each command's options are added, and its libraries imported, only when it is the one that runs.
 Every foreseeable failure ends in one sentence on stderr. Exit codes: 2 for wrong options, 128 plus
@@ -14,6 +14,7 @@ import signal
 import sys
 import typing
 
+from . import ranks
 from .errors import LlamaExtError
 from .info import info
 
@@ -32,7 +33,9 @@ def _run_info(options):
 
 
 def _prepare_options(parser):
-    from .prepare import SUFFIXES, prepare
+    from .cleaning import DEDUP, INVALID
+    from .documents import SUFFIXES
+    from .prepare import prepare
 
     defaults = inspect.signature(prepare).parameters
 
@@ -41,8 +44,9 @@ def _prepare_options(parser):
                         help=f"{text} (default: %(default)s)", **more)
 
     parser.add_argument("inputs", nargs="+", metavar="INPUT",
-                        help="a text file, a folder to search for text files, or the word stdlib: "
-                             "the Python standard library's sources on this machine")
+                        help="a file (text, .jsonl, .parquet; or one of these as .gz, .bz2, .xz, "
+                             ".zst), a folder to search for such files, or the word stdlib: the "
+                             "Python standard library's sources on this machine")
     parser.add_argument("--out", required=True, help="folder for the data set")
     vocabulary = parser.add_mutually_exclusive_group()
     add(vocabulary, "vocab_size", "pieces of the tokenizer that is trained on the text", type=int)
@@ -51,6 +55,16 @@ def _prepare_options(parser):
     add(parser, "val_fraction", "share of the text held out for validation", type=float)
     add(parser, "shard_tokens", "tokens in a shard", type=int)
     add(parser, "seed", "of the choice of held-out documents", type=int)
+    add(parser, "text_key", "where the text is: key in the lines of .jsonl files, column of "
+        ".parquet files")
+    add(parser, "dedup", "what is left out when it comes again: documents, or lines (and so "
+        "documents too)", choices=DEDUP)
+    add(parser, "min_chars", "length of the shortest document that is kept", type=int)
+    add(parser, "invalid", "what happens to documents that are not UTF-8: skip them, or replace "
+        "the invalid bytes by U+FFFD", choices=INVALID)
+    parser.add_argument("--fix-text", action="store_true", help="repair mojibake, entities of "
+                        "HTML, control characters and the like (ftfy; default: leave text as it "
+                        "is)")
     parser.add_argument("--suffixes", nargs="+", default=SUFFIXES, metavar="SUFFIX",
                         help=f"of the files taken from folders (default: {' '.join(SUFFIXES)})")
     parser.set_defaults(run_command=_run_prepare)
@@ -66,21 +80,64 @@ def _run_prepare(options):
               f"{part['tokens']:,} tokens in {len(part['shards'])} shards")
     skipped = ", ".join(f"{count} {why.replace('_', ' ')}"
                         for why, count in meta["skipped"].items())
-    print(f"skipped files: {skipped}\ndata set: {options['out']}")
+    print(f"skipped documents: {skipped}")
+    if any(meta["cleaned"].values()):
+        print("cleaned: {repaired_documents:,} documents repaired, {removed_lines:,} lines removed "
+              "({removed_bytes:,} bytes)".format(**meta["cleaned"]))
+    print(f"data set: {options['out']}")
+
+
+def _mixture_options(parser):
+    from .quantity import count
+
+    parser.add_argument("config", metavar="CONFIG", help="the mixture's JSON file: "
+                        '{"sources": {NAME: {"path": FOLDER, "share": S}, ...}}, where FOLDER is '
+                        "one that `llama-ext prepare` wrote, relative to the file, and the shares "
+                        "sum to 1")
+    parser.add_argument("--tokens", type=count, help="of a training run, for the epochs that it "
+                        "makes of every source; k, M, G, T are powers of 1000 (default: no epochs "
+                        "are shown)")
+    parser.set_defaults(run_command=_run_mixture)
+
+
+def _run_mixture(options):
+    from .mixture import load_mixture
+
+    tokens = options["tokens"]
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"mixture: --tokens: expected at least 1, got {tokens}")
+    table = [("source", "share", "tokens", "bytes", "epochs")]
+    for source in load_mixture(options["config"]):
+        train = source.meta["train"]
+        epochs = float(source.share) * (tokens or 0) / max(1, train["tokens"])
+        table.append((source.name, f"{100 * float(source.share):g} %", f"{train['tokens']:,}",
+                      f"{train['bytes']:,}", f"{epochs:.2f}"))
+    columns = list(zip(*table))[:5 if tokens else 4]
+    widths = [max(map(len, column)) for column in columns]
+    for name, *values in zip(*columns):
+        print("  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])]))
+
+
+def _add_fields(parser, config_class):
+    """An option for every field of a dataclass made with recipe.option()."""
+    for field in dataclasses.fields(config_class):
+        name, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        kind = next(iter(typing.get_args(field.type)), field.type)  # int of int | None
+        if kind is bool:
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        required = field.default is dataclasses.MISSING
+        if not required and field.default is not None:
+            text += " (default: %(default)s)"
+        parser.add_argument(name, required=required, type=field.metadata["parse"] or kind,
+                            default=None if required else field.default, help=text,
+                            choices=field.metadata["choices"])
 
 
 def _train_options(parser):
     from .train import TrainConfig
 
-    for field in dataclasses.fields(TrainConfig):
-        required = field.default is dataclasses.MISSING
-        kind = next(iter(typing.get_args(field.type)), field.type)  # int of int | None
-        text = field.metadata["help"]
-        if not required and field.default is not None:
-            text += " (default: %(default)s)"
-        parser.add_argument("--" + field.name.replace("_", "-"), required=required, type=kind,
-                            default=None if required else field.default, help=text,
-                            choices=field.metadata["choices"])
+    _add_fields(parser, TrainConfig)
     parser.set_defaults(run_command=_run_train)
 
 
@@ -91,11 +148,35 @@ def _run_train(options):
     return 128 + stopped if stopped else 0
 
 
+def _device_options(parser):
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"],
+                        help="auto: a GPU where there is one (default: %(default)s)")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"],
+                        help="of weights and cache (default: %(default)s)")
+    parser.add_argument("--int8", action="store_true", help="keep the weights of linear layers in "
+                        "int8, quantised one by one as they are read: half the memory of bf16")
+
+
+def _device_and_dtype(options):
+    """Takes --device and --dtype out of the options, as torch's objects."""
+    import torch
+
+    device, dtype = options.pop("device"), options.pop("dtype")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected auto or cpu where torch sees no GPU, got cuda")
+    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+
+
 def _generate_options(parser):
     parser.add_argument("--run", required=True,
                         help="a run's folder, whose newest checkpoint is taken, or a checkpoint's")
-    parser.add_argument("--prompt", default="", help="text to continue; - reads it from stdin "
-                        "(default: none, the beginning of a new text)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; - "
+                        "reads it from stdin; may be given several times (default: none, the "
+                        "beginning of a new text)")
+    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line; in a "
+                        ".jsonl file, each line an object with the entry \"prompt\" "
+                        "(default: none)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens to add at most; "
                         "fewer where the text ends or fills the model's context "
                         "(default: %(default)s)")
@@ -103,40 +184,182 @@ def _generate_options(parser):
                         "probable token; 1: as the model says (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the most probable "
                         "tokens that together have this probability (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="of the draws (default: another every time)")
-    parser.add_argument("--int8", action="store_true", help="keep the weights of linear layers in "
-                        "int8, quantised while they are loaded: a quarter of the memory of fp32")
+    parser.add_argument("--top-k", type=int, help="draw from this many most probable tokens "
+                        "(default: all)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before "
+                        "this text; may be given several times (default: none)")
+    parser.add_argument("--seed", type=int, help="of the draws for the first prompt, one more for "
+                        "each after it (default: another every time)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts to continue at a time "
+                        "(default: %(default)s)")
+    _device_options(parser)
+    parser.add_argument("--plan", action="store_true", help="print what memory this takes, and "
+                        "what is free, and stop before the weights are read")
+    parser.add_argument("--jsonl", action="store_true", help="print a JSON object a line for each "
+                        "prompt, with the entries prompt and text")
     parser.set_defaults(run_command=_run_generate)
 
 
 def _run_generate(options):
-    from . import checkpoint
-    from .generate import stream
+    from . import checkpoint, footprint
+    from .generate import stream_text
 
-    prompt = options["prompt"]
-    prompt = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
-    try:
-        prompt = prompt.decode()
-    except UnicodeDecodeError as error:
-        raise LlamaExtError(f"generate: --prompt: expected UTF-8 text, got byte "
-                            f"{prompt[error.start]:#04x} at {error.start}") from None
-    model, tokenizer = checkpoint.load_model(checkpoint.find(options["run"]),
-                                             int8=options["int8"])
-    ids = tokenizer.encode(prompt, bos=True)
-    new_ids = stream(model, ids, options["max_new_tokens"], temperature=options["temperature"],
-                     top_p=options["top_p"], seed=options["seed"], eos_id=tokenizer.eos_id)
+    run, file, jsonl, plan, int8 = map(options.pop,
+                                       ("run", "prompts_file", "jsonl", "plan", "int8"))
+    device, dtype = _device_and_dtype(options)
+    prompts = _read_prompts(options.pop("prompt"), file)
+
+    def before(model, tokenizer):
+        stream_text(model, tokenizer, prompts, **options)  # for the errors in prompts and options
+        lengths = [len(tokenizer.encode(prompt, bos=True)) for prompt in prompts]
+        needed = footprint.footprint(model, dtype, lengths, options["max_new_tokens"],
+                                     options["batch_size"])
+        if plan:
+            print(json.dumps({**needed, "total": sum(needed.values()),
+                              "free": footprint.free_memory(device), "device": str(device)}))
+        footprint.require(needed, device)
+        if plan:
+            raise SystemExit(0)
+
+    model, tokenizer = checkpoint.load_model(checkpoint.find(run), device, dtype, before,
+                                             int8)
+    pieces = stream_text(model, tokenizer, prompts, **options)
     sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every character
-    print(prompt, end="", flush=True)
-    for text in tokenizer.stream_decode(new_ids):
-        print(text, end="", flush=True)
-    print()
+    for i, (prompt, texts) in enumerate(zip(prompts, _in_order(pieces, len(prompts)))):
+        if jsonl:
+            print(json.dumps({"prompt": prompt, "text": "".join(texts)}), flush=True)
+            continue
+        if len(prompts) > 1:
+            print(f"--- {i + 1} of {len(prompts)} ---")
+        print(prompt, end="", flush=True)
+        for text in texts:
+            print(text, end="", flush=True)
+        print()
+
+
+def _in_order(pieces, count):
+    """For each of `count` prompts, an iterator over its texts in stream_text's pieces, which must
+    be read to its end; what comes for later prompts meanwhile is kept."""
+    kept = [[] for _ in range(count)]
+
+    def texts(i):
+        while True:
+            while kept[i]:
+                text = kept[i].pop(0)
+                if text is None:
+                    return
+                yield text
+            j, text = next(pieces)
+            kept[j].append(text)
+    return map(texts, range(count))
+
+
+def _read_prompts(prompts, file):
+    """The texts of --prompt and of the lines of --prompts-file; [""] when neither is given."""
+    if prompts is None and file is None:
+        return [""]
+    prompts = [_utf8("--prompt", sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
+               for prompt in prompts or []]
+    if file is None:
+        return prompts
+    with open(file, "rb") as f:
+        lines = _utf8(file, f.read()).split("\n")
+    for number, line in enumerate(lines, 1):
+        if not (line := line.removesuffix("\r")):
+            continue
+        if file.endswith(".jsonl"):
+            try:
+                line = json.loads(line)["prompt"]
+                line.encode()
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise LlamaExtError(f"{file}: line {number}: expected a JSON object with a text "
+                                    "\"prompt\"") from None
+        prompts.append(line)
+    if not prompts:
+        raise LlamaExtError(f"{file}: expected at least one prompt, got an empty file")
+    return prompts
+
+
+def _utf8(where, data):
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise LlamaExtError(f"generate: {where}: expected UTF-8 text, got byte "
+                            f"{data[error.start]:#04x} at {error.start}") from None
+
+
+def _eval_options(parser):
+    parser.add_argument("--run", required=True,
+                        help="a run's folder, whose newest checkpoint is taken, or a checkpoint's")
+    parser.add_argument("--tasks", default="builtin", metavar="NAME,...", help="tasks that lm-eval "
+                        "knows, with data from the Hugging Face hub (hellaswag,arc_easy), or the "
+                        "small ones that need no network: builtin (default: %(default)s)")
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question; the LLaMA "
+                        "paper has 0, 1, 5 and 64 (default: as each task says)")
+    parser.add_argument("--limit", type=int, help="questions of each task at most (default: all)")
+    parser.add_argument("--batch-size", type=int, default=16,
+                        help="requests in one pass at most (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="JSON file to write all results to "
+                        "(default: none)")
+    _device_options(parser)
+    parser.set_defaults(run_command=_run_eval)
+
+
+def _run_eval(options):
+    from . import evaluate
+
+    device, dtype = _device_and_dtype(options)
+    evaluate.report(tasks=options.pop("tasks").split(","), device=device, dtype=dtype, **options)
+
+
+def _estimate_options(parser):
+    from .estimate import EstimateConfig
+
+    _add_fields(parser, EstimateConfig)
+    parser.set_defaults(run_command=_run_estimate)
+
+
+def _run_estimate(options):
+    from .estimate import EstimateConfig, report
+
+    text, what_to_change = report(EstimateConfig(**options))
+    print(text)
+    if what_to_change:
+        raise LlamaExtError(what_to_change)
+
+
+def _convert_options(parser):
+    from .convert import FORMATS
+
+    parser.add_argument("input", help="folder of the model: Hugging Face's (config.json), Meta's "
+                        "(params.json), or a run's or checkpoint's of ours")
+    parser.add_argument("out", help="the new folder")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="format to write")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"),
+                        help="of the output (default: each tensor's own)")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="bytes in a file of "
+                        "hf at most; meta and ours have one file (default: %(default)s)")
+    parser.set_defaults(run_command=_run_convert)
+
+
+def _run_convert(options):
+    from .convert import convert
+
+    lacks = convert(options["input"], options["out"], options["to"], options["dtype"],
+                    options["shard_size"])
+    print(f"model: {options['out']}" + (f"\nnote: {lacks}" if lacks else ""))
 
 
 _COMMANDS = {
     "info": ("show versions and which kernels serve which tensors", _info_options),
     "prepare": ("turn text into a vocabulary and token shards", _prepare_options),
+    "mixture": ("show the shares of a mixture of data sets", _mixture_options),
     "train": ("train a LLaMA on prepared text, or go on with a run", _train_options),
     "generate": ("let a trained model write", _generate_options),
+    "estimate": ("say what training or serving a model takes: memory, FLOPs, time",
+                 _estimate_options),
+    "convert": ("turn a model into Hugging Face's, Meta's or our format", _convert_options),
+    "eval": ("score a trained model on lm-eval's tasks", _eval_options),
 }
 
 
@@ -163,8 +386,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
     except ModuleNotFoundError as error:
+        extra = "train,eval" if argv[0] == "eval" else "train"
         return _fail(f"{argv[0]}: needs the Python package {error.name}: "
-                     "pip install 'llama_ext[train]'", 1)
+                     f"pip install 'llama_ext[{extra}]'", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at exit
         return _fail("stdout: the reader of the output has gone", 128 + signal.SIGPIPE)
@@ -182,5 +406,6 @@ def main(argv=None):
 
 
 def _fail(message, code):
-    print(f"llama-ext: {message}", file=sys.stderr, flush=True)
+    if not ranks.is_silent():
+        print(f"llama-ext: {message}", file=sys.stderr, flush=True)
     return int(code)

@@ -1,88 +1,123 @@
-"""Text generation with a key/value cache: greedy, temperature and nucleus sampling.
+"""Text generation with a key/value cache: greedy, temperature, top-k and nucleus sampling.
 
-B prompts generated together, V vocabulary.
+Prompts of any lengths share a batch without padding: each has a row of the cache, every pass takes
+the newest token of each row, packed, and a row that ends goes to the next prompt at once, whose
+tokens join the others' in the next pass (continuous batching: Orca, OSDI 2022).
+
+R rows that are at work, V vocabulary.
 """
 
+import collections
 import itertools
 
 import torch
 
+from .layers import CacheRows
 from .model import KVCache
 
+PROMPT_TOKENS = 2048  # of several prompts in one pass, at most; a longer prompt has its own pass
 
-def generate(model, prompt_ids, max_new_tokens, *, temperature=1.0, top_p=1.0, eos_id=None,
-             seed=None):
+
+def generate(model, prompt_ids, max_new_tokens, *, batch_size=16, **options):
     """Continues one prompt (a list of ids -> the list of new ids) or several (lists -> lists).
 
-    temperature: 0 takes the most probable token, else the logits are divided by it. top_p: draw
-    from the smallest set of most probable tokens whose probabilities sum to it (nucleus sampling,
-    arXiv 1904.09751). A continuation ends before eos_id, after max_new_tokens, or when prompt and
-    new tokens fill the model's max_seq_len. Prompt number i draws as if generated alone with seed
-    + i; seed None takes one from torch's global generator. Prompts of equal length share a batch.
-    Raises ValueError for an empty or too long prompt, ids outside the vocabulary, temperature < 0,
-    top_p outside (0, 1], and logits that are not finite.
+    temperature: 0 takes the most probable token, else the logits are divided by it. top_k: draw
+    from that many most probable tokens (None: all). top_p: draw from the smallest set of the most
+    probable of those whose probabilities sum to it (nucleus sampling, arXiv 1904.09751). A
+    continuation ends before eos_id, after max_new_tokens, or when prompt and new tokens fill the
+    model's max_seq_len. Prompt number i draws as if generated alone with seed + i; seed None takes
+    one from torch's global generator. At most batch_size prompts are at work at a time; together
+    they get what each gets alone, but for what another batch's matrix products round otherwise.
+    Raises ValueError for an empty or too long prompt, ids outside the vocabulary, a batch_size or
+    top_k < 1, temperature < 0, top_p outside (0, 1], and logits that are not finite.
     """
-    several = len(prompt_ids) > 0 and isinstance(prompt_ids[0], (list, tuple))
+    if not _several(prompt_ids):
+        return list(stream(model, prompt_ids, max_new_tokens, **options))
+    new_ids = [[] for _ in prompt_ids]
+    for i, token in stream(model, prompt_ids, max_new_tokens, batch_size=batch_size, **options):
+        if token is not None:
+            new_ids[i].append(token)
+    return new_ids
+
+
+def stream(model, prompt_ids, max_new_tokens, *, temperature=1.0, top_p=1.0, top_k=None,
+           eos_id=None, seed=None, batch_size=16, ended=()):
+    """An iterator over the ids that `generate` returns for one prompt, each as soon as known. For
+    several prompts, over pairs (i, id), and (i, None) when prompt number i is complete.
+
+    ended: a set, to which the reader may add numbers of prompts that shall get no more ids.
+    """
+    several = _several(prompt_ids)
     prompts = prompt_ids if several else [prompt_ids]
-    _validate(model, prompts, max_new_tokens, temperature, top_p)
-    seed = _fresh_seed() if seed is None else seed
-    by_length = {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(i)
-    new_ids, ended = [[] for _ in prompts], set()
-    for group in by_length.values():
-        steps = _decode(model, [prompts[i] for i in group], max_new_tokens, temperature, top_p,
-                        [seed + i for i in group])
-        for ids in steps:
-            ended.update(i for i, token in zip(group, ids) if token == eos_id)
-            for i, token in zip(group, ids):
-                if i not in ended:
-                    new_ids[i].append(token)
-            if ended.issuperset(group):
-                break
-    return new_ids if several else new_ids[0]
-
-
-def stream(model, prompt_ids, max_new_tokens, *, temperature=1.0, top_p=1.0, eos_id=None,
-           seed=None):
-    """An iterator over the ids that `generate` returns for one prompt, each as soon as known."""
-    _validate(model, [prompt_ids], max_new_tokens, temperature, top_p)
-    seed = _fresh_seed() if seed is None else seed
-    steps = _decode(model, [prompt_ids], max_new_tokens, temperature, top_p, [seed])
-    return itertools.takewhile(lambda token: token != eos_id, (ids[0] for ids in steps))
+    _validate(model, prompts, max_new_tokens, temperature, top_p, top_k, batch_size)
+    seed = int(torch.randint(2 ** 62, ())) if seed is None else seed
+    tokens = _stream(model, prompts, max_new_tokens, batch_size, eos_id, seed, ended,
+                     {"temperature": temperature, "top_p": top_p, "top_k": top_k})
+    return tokens if several else (token for _, token in tokens if token is not None)
 
 
 @torch.inference_mode()
-def _decode(model, prompts, max_new_tokens, temperature, top_p, seeds):
-    """Yields the next id of each prompt, a list of B, until steps or context run out.
+def _stream(model, prompts, max_new_tokens, batch_size, eos_id, seed, ended, how):
+    weight, context = model.tok_embeddings.weight, model.config.max_seq_len
+    limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
+    waiting = collections.deque()
+    for i, prompt in enumerate(prompts):
+        if limits[i] > len(prompt):
+            waiting.append(i)
+        else:
+            yield i, None
+    if not waiting:
+        return
+    size = min(batch_size, len(waiting)), max(limits[i] for i in waiting)
+    cache = KVCache(model.config, *size, weight.dtype, weight.device)
+    work = {}  # row of the cache -> the prompt it serves
+    lengths, draws, new = [0] * size[0], {}, {}  # of rows: positions held, draws left, new tokens
+    while waiting or work:
+        joining = 0  # tokens of the prompts that join in this pass
+        for row in range(size[0]):
+            if row in work or not waiting:
+                continue
+            joining += len(prompts[waiting[0]])
+            if joining > max(PROMPT_TOKENS, len(prompts[waiting[0]])):
+                break
+            i = work[row] = waiting.popleft()
+            new[row], lengths[row] = prompts[i], 0
+            draws[row] = iter(torch.rand(limits[i] - len(prompts[i]),
+                                         generator=torch.Generator().manual_seed(seed + i)))
+        order = sorted(work)
+        rows = CacheRows(order, [lengths[row] for row in order], [len(new[row]) for row in order],
+                         size, device=weight.device)
+        tokens = torch.tensor([[*itertools.chain(*map(new.get, order))]], device=weight.device)
+        logits = model(tokens, cache=cache, last_only=True, rows=rows)[0]  # (R, V)
+        draw = torch.stack([next(draws[row]) for row in order]).to(logits.device)
+        for row, token in zip(order, sample(logits, draw, **how).tolist()):
+            i = work[row]
+            lengths[row] += len(new.pop(row))
+            if token < 0:
+                raise ValueError("generate: model: expected finite logits, got others at token "
+                                 f"{lengths[row]}")
+            if token != eos_id:
+                yield i, token
+                if i not in ended and lengths[row] + 1 < limits[i]:
+                    new[row] = [token]
+                    continue
+            yield i, None
+            del work[row]
 
-    The prompts, all of one length, go through the model in one pass, then one token at a time."""
-    weight, length = model.tok_embeddings.weight, len(prompts[0])
-    steps = min(max_new_tokens, model.config.max_seq_len - length)
-    cache = KVCache(model.config, len(prompts), length + steps, weight.dtype, weight.device)
-    draws = torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed))
-                         for seed in seeds]).to(weight.device)  # (B, steps)
-    tokens = torch.tensor(prompts, device=weight.device)
-    for step in range(steps):
-        logits = model(tokens, cache=cache, last_only=True)[:, 0]
-        tokens = sample(logits, draws[:, step], temperature, top_p)[:, None]
-        ids = tokens[:, 0].tolist()
-        if min(ids) < 0:
-            raise ValueError(f"generate: model: expected finite logits, got others at token "
-                             f"{length + step}")
-        yield ids
 
+def sample(logits, draw, temperature=1.0, top_p=1.0, top_k=None):
+    """One id per row, int64 (R,), of logits (R, V); -1 where they are not finite.
 
-def sample(logits, draw, temperature=1.0, top_p=1.0):
-    """One id per row, int64 (B,), of logits (B, V); -1 where they are not finite.
-
-    draw: (B,), uniform in [0, 1): the point at which the cumulative distribution of the tokens,
+    draw: (R,), uniform in [0, 1): the point at which the cumulative distribution of the tokens,
     most probable first, is inverted. Not used when temperature is 0.
     """
     logits = logits.float()
     top, ids = logits.max(-1)
     if temperature > 0:
-        p, order = torch.softmax((logits - top[:, None]) / temperature, -1).sort(-1, True)
+        scaled = (logits - top[:, None]) / temperature
+        scaled, order = (scaled.sort(-1, True) if top_k is None
+                         else scaled.topk(min(top_k, scaled.shape[-1])))
+        p = torch.softmax(scaled, -1)
         mass = p.cumsum(-1)
         kept = ((mass - p < top_p) & (p > 0)).sum(-1, keepdim=True).clamp(min=1)
         target = draw[:, None] * mass.gather(-1, kept - 1)
@@ -91,11 +126,60 @@ def sample(logits, draw, temperature=1.0, top_p=1.0):
     return torch.where(top.isfinite(), ids, -1)
 
 
-def _fresh_seed():
-    return int(torch.randint(2 ** 62, ()))
+def generate_text(model, tokenizer, prompts, max_new_tokens, *, stop=(), **options):
+    """The continuations, a list of str, of several prompts: a list of str (encoded with
+    bos) or of lists of ids.
+
+    stop: texts before the first of which a continuation ends; the one that is complete first
+    counts, the longest of several that are. options: those of `generate`; eos_id is the
+    tokenizer's. Raises ValueError as `generate` does, and for an empty stop text.
+    """
+    texts = [""] * len(prompts)
+    for i, piece in stream_text(model, tokenizer, prompts, max_new_tokens, stop=stop, **options):
+        texts[i] += piece or ""
+    return texts
 
 
-def _validate(model, prompts, max_new_tokens, temperature, top_p):
+def stream_text(model, tokenizer, prompts, max_new_tokens, *, stop=(), **options):
+    """An iterator over the pieces of what `generate_text` returns: pairs (i, text), each as soon as
+    it cannot be half a character or the beginning of a stop text, and (i, None) when prompt number
+    i is complete."""
+    if "" in stop:
+        raise ValueError("generate: stop: expected texts of at least one character, got ''")
+    ended = set()
+    prompt_ids = [tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
+                  for prompt in prompts]
+    ids = stream(model, prompt_ids, max_new_tokens, eos_id=tokenizer.eos_id, ended=ended,
+                 **options)
+    return _stream_text(tokenizer, ids, len(prompts), tuple(stop), ended)
+
+
+def _stream_text(tokenizer, ids, count, stops, ended):
+    decoders = [tokenizer.stream_decoder() for _ in range(count)]
+    held = [""] * count
+    for i, token in ids:
+        if i not in ended:
+            text = held[i] + decoders[i](token)
+            end, start = min(((at + len(stop), at) for stop in stops
+                              if (at := text.find(stop)) >= 0), default=(None, None))
+            if end is not None:
+                ended.add(i)
+                text, held[i] = text[:start], ""
+            elif token is not None:
+                begun = max((n for stop in stops for n in range(min(len(stop), len(text) + 1))
+                             if text.endswith(stop[:n])), default=0)
+                text, held[i] = text[:len(text) - begun], text[len(text) - begun:]
+            if text:
+                yield i, text
+        if token is None:
+            yield i, None
+
+
+def _several(prompt_ids):
+    return len(prompt_ids) > 0 and isinstance(prompt_ids[0], (list, tuple))
+
+
+def _validate(model, prompts, max_new_tokens, temperature, top_p, top_k, batch_size):
     context = model.config.max_seq_len
     for prompt in prompts:
         if not 0 < len(prompt) <= context:
@@ -107,3 +191,7 @@ def _validate(model, prompts, max_new_tokens, temperature, top_p):
         raise ValueError(f"generate: temperature: expected a number >= 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p: expected above 0 and at most 1, got {top_p}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k: expected >= 1 or None, got {top_k}")
+    if batch_size < 1:
+        raise ValueError(f"generate: batch_size: expected >= 1, got {batch_size}")

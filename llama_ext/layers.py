@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .ops import attention, rmsnorm, rmsnorm_residual, rope_qk, swiglu
+from .rope_scaling import check_rope_scaling, rope_frequencies
 
 
 class RMSNorm(nn.Module):
@@ -26,9 +27,12 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x, residual=None):
+        return self.normalize(x, residual, self.weight)
+
+    def normalize(self, x, residual, weight):
         if residual is None:
-            return rmsnorm(x, self.weight, self.eps)
-        return rmsnorm_residual(x, residual, self.weight, self.eps)
+            return rmsnorm(x, weight, self.eps)
+        return rmsnorm_residual(x, residual, weight, self.eps)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -66,25 +70,28 @@ class RotaryEmbedding(nn.Module):
     p / theta^(2i / head_dim).
 
     interleaved=True rotates the pairs (2i, 2i+1), as Meta's weights want it; False the pairs
-    (i, i + head_dim/2), as Hugging Face's. One module may serve every layer of a model.
+    (i, i + head_dim/2), as Hugging Face's. One module may serve every layer of a model. scaling:
+    None, or a dict as in a Hugging Face config for rope type "llama3" or "linear", see
+    rope_scaling.py. Raises ValueError for an odd head_dim and a scaling that is none of these.
 
     cos and sin, (max_seq_len, head_dim/2), are made in fp64 and rounded once to fp32. They follow
     the module between devices, stay fp32 whatever dtype it is cast to, are right even after
     to_empty(), and are in no state_dict.
     """
 
-    def __init__(self, head_dim, theta=10000.0, max_seq_len=2048, interleaved=True, device=None):
+    def __init__(self, head_dim, theta=10000.0, max_seq_len=2048, interleaved=True, device=None,
+                 scaling=None):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"RotaryEmbedding: head_dim: expected an even number, got {head_dim}")
         self.head_dim, self.theta, self.interleaved = head_dim, theta, interleaved
+        self.scaling = check_rope_scaling(scaling)
         self._fill(max_seq_len, torch.get_default_device() if device is None else device)
 
     @torch.inference_mode(False)  # tables first grown while generating must serve training too
     def _fill(self, length, device):
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
         position = torch.arange(length, dtype=torch.float64, device="cpu")
-        angle = torch.outer(position, self.theta ** (-exponent / self.head_dim))
+        angle = torch.outer(position, rope_frequencies(self.head_dim, self.theta, self.scaling))
         self.register_buffer("cos", angle.cos().float().to(device), persistent=False)
         self.register_buffer("sin", angle.sin().float().to(device), persistent=False)
 
@@ -93,8 +100,8 @@ class RotaryEmbedding(nn.Module):
         self._fill(self.cos.shape[0], self.cos.device)
         return self
 
-    def forward(self, q, k, start_pos=0, positions=None):
-        """q (B, T, H, D) and k (B, T, Hkv, D), rotated.
+    def tables(self, tokens, start_pos=0, positions=None, dtype=torch.float32):
+        """cos and sin of T = `tokens` tokens, (T, D/2) or (B, T, D/2), for data of this dtype.
 
         Token t stands at position start_pos + t (the tables grow when that exceeds them), or at
         positions[b, t], int64 (B, T), if given; those must lie below max_seq_len, checked on the
@@ -102,7 +109,7 @@ class RotaryEmbedding(nn.Module):
         positions outside the tables.
         """
         if positions is None:
-            end = start_pos + q.shape[1]
+            end = start_pos + tokens
             if start_pos < 0:
                 raise ValueError(f"RotaryEmbedding: start_pos: expected >= 0, got {start_pos}")
             if end > self.cos.shape[0]:
@@ -115,13 +122,69 @@ class RotaryEmbedding(nn.Module):
                 f"RotaryEmbedding: positions: expected 0 to {length - 1} (max_seq_len - 1), "
                 "got some outside")
             cos, sin = self.cos[positions], self.sin[positions]          # (B, T, D/2)
-        acc = torch.promote_types(q.dtype, torch.float32)
-        cos, sin = cos.to(acc), sin.to(acc)
+        acc = torch.promote_types(dtype, torch.float32)
+        return cos.to(acc), sin.to(acc)
+
+    def forward(self, q, k, start_pos=0, positions=None):
+        """q (B, T, H, D) and k (B, T, Hkv, D), rotated.
+
+        start_pos, positions: where the tokens stand, as in tables().
+        """
+        cos, sin = self.tables(q.shape[1], start_pos, positions, q.dtype)
         return rope_qk(q, k, cos, sin, self.interleaved)
 
     def extra_repr(self):
         return (f"{self.head_dim}, theta={self.theta}, max_seq_len={self.cos.shape[0]}, "
-                f"interleaved={self.interleaved}")
+                f"interleaved={self.interleaved}"
+                + (f", scaling={self.scaling}" if self.scaling else ""))
+
+
+class CacheRows:
+    """Where packed tokens go that continue R of a cache's B rows, each row by a number of its own.
+
+    rows: rising row numbers; starts: the positions that each holds; counts: the tokens, 1 or more,
+    that each is continued by; last_counts: of how many of those, the last ones, the model's
+    logits are wanted (default: 1 each); all lists of R ints. size: (B, S) of the cache. The
+    N = sum(counts) tokens come one row after another, without padding.
+    Attributes, on `device`: positions, int64 (1, N); last, int64 (sum(last_counts),): the indices
+    of the tokens whose logits are wanted. Raises ValueError when they do not fit into the cache.
+    """
+
+    def __init__(self, rows, starts, counts, size, last_counts=None, device=None):
+        B, S = size
+        ends = [start + count for start, count in zip(starts, counts)]
+        if sorted(set(rows)) != rows or not 0 <= rows[0] <= rows[-1] < B:
+            raise ValueError(f"CacheRows: rows: expected rising numbers from 0 to {B - 1}, "
+                             f"got {rows}")
+        if min(starts) < 0 or min(counts) < 1 or max(ends) > S:
+            raise ValueError("CacheRows: expected starts >= 0, counts >= 1 and sums of both up to "
+                             f"the cache's {S} positions, got starts {starts}, counts {counts}")
+        self._view = (rows[0], ends[0]) if len(rows) == 1 else None
+        positions, slots, last, cu_q, cu_k = [], [], [], [0], [0]
+        for row, start, end, wanted in zip(rows, starts, ends, last_counts or [1] * len(rows)):
+            positions += range(start, end)
+            slots += range(row * S + start, row * S + end)
+            last += range(len(positions) - wanted, len(positions))
+            # A sequence without queries stands for the keys from one row's end to the next row.
+            cu_q += [cu_q[-1], len(positions)]
+            cu_k += [row * S, row * S + end]
+
+        def put(values, dtype=torch.int64):
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        self.positions, self.last, self._slots = put([positions]), put(last), put(slots)
+        self._cu_seqlens = put(cu_q + cu_q[-1:], torch.int32), put(cu_k + [B * S], torch.int32)
+
+    def attend(self, q, k, v, cache, window=None):
+        """Writes k, v (1, N, Hkv, D) into the cache, a pair (B, S, Hkv, D); attention of each token
+        of q (1, N, H, D) to its row's positions up to its own. Returns o like q."""
+        for tensor, new in zip(cache, (k, v)):
+            tensor.flatten(0, 1).index_copy_(0, self._slots, new[0])
+        if self._view:  # one row: the kernels for few queries, which want (B, T, H, D), serve it
+            row, end = self._view
+            return attention(q, *(t[row:row + 1, :end] for t in cache), window=window)
+        return attention(q[0], *(t.flatten(0, 1) for t in cache), window=window,
+                         cu_seqlens=self._cu_seqlens)
 
 
 class CausalSelfAttention(nn.Module):
@@ -163,7 +226,8 @@ class CausalSelfAttention(nn.Module):
         start_pos, positions: where the tokens stand, as in RotaryEmbedding. cache: a pair of
         tensors k, v, each (B, S, Hkv, D), whose first start_pos rows are filled: the T new rows are
         written behind them and the tokens attend to all start_pos + T (for inference: no gradient
-        flows through rows of earlier calls). Raises ValueError when they do not fit.
+        flows through rows of earlier calls). Raises ValueError when they do not fit. With a
+        CacheRows for start_pos, x is (1, N, C): packed tokens, each written where that says.
         """
         if x.dim() != 3:
             raise ValueError(f"CausalSelfAttention: x: expected (B, T, {self.wq.in_features}), "
@@ -172,6 +236,9 @@ class CausalSelfAttention(nn.Module):
         q = self.wq(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.wk(x).view(B, T, -1, self.head_dim)  # (B, T, Hkv, D)
         v = self.wv(x).view(B, T, -1, self.head_dim)
+        if isinstance(start_pos, CacheRows):
+            q, k = self.rotary(q, k, positions=start_pos.positions)
+            return self.wo(start_pos.attend(q, k, v, cache, self.window).reshape(B, T, -1))
         q, k = self.rotary(q, k, start_pos, positions)
         if cache is not None:
             k, v = self._append(k, v, cache, start_pos)

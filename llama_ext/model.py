@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .block import fused_block, why_composed
 from .layers import CausalSelfAttention, FeedForward, RMSNorm, RotaryEmbedding
 from .ops import linear_cross_entropy
 from .quantize import Int8Linear
+from .rope_scaling import check_rope_scaling
 
 _PRESETS = {
     "tiny": {"dim": 320, "n_layers": 6, "n_heads": 5, "vocab_size": 4096, "multiple_of": 64,
@@ -30,6 +32,7 @@ class LlamaConfig:
 
     n_kv_heads None becomes n_heads; hidden_dim None becomes the paper's 2/3 * 4 * dim, rounded up
     to a multiple of multiple_of. tie_embeddings: the output layer is the embedding table.
+    rope_scaling: None, or a dict as in a Hugging Face config, of rope_type "llama3" or "linear".
     """
 
     dim: int = 512
@@ -43,6 +46,7 @@ class LlamaConfig:
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_embeddings: bool = False
+    rope_scaling: dict | None = None
 
     def __post_init__(self):
         if self.n_kv_heads is None:
@@ -61,6 +65,10 @@ class LlamaConfig:
                      f"a divisor of n_heads = {self.n_heads}")
         self._expect("norm_eps", self.norm_eps >= 0, "a number >= 0")
         self._expect("rope_theta", self.rope_theta > 0, "a number > 0")
+        try:
+            self.rope_scaling = check_rope_scaling(self.rope_scaling)
+        except ValueError as error:
+            raise ValueError(f"LlamaConfig: {error}") from None
 
     def _expect(self, name, ok, expected):
         if not ok:
@@ -111,7 +119,8 @@ class KVCache:
 class TransformerBlock(nn.Module):
     """One pre-norm layer. It takes and returns a pair: the newest sub-layer's output x, and the
     residual stream it has yet to be added to, both (B, T, C), so that each addition and the norm
-    behind it are one kernel."""
+    behind it are one kernel. In training it is one autograd function with a hand-written backward;
+    block.why_composed tells when it is not."""
 
     def __init__(self, config, rotary, device=None, dtype=None):
         super().__init__()
@@ -124,6 +133,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, residual=None, start_pos=0, cache=None):
         """residual None: x is itself the stream, as in the first layer."""
+        if cache is None and why_composed(self) is None:
+            return fused_block(self, x, residual, start_pos)
         if residual is None:
             h, residual = self.attention_norm(x), x
         else:
@@ -146,13 +157,15 @@ class Llama(nn.Module):
         self.config = config
         options = {"device": device, "dtype": dtype}
         rotary = RotaryEmbedding(config.dim // config.n_heads, config.rope_theta,
-                                 config.max_seq_len, device=device)
+                                 config.max_seq_len, device=device,
+                                 scaling=config.rope_scaling)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, **options)
         self.layers = nn.ModuleList(
             TransformerBlock(config, rotary, **options) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, **options)
         self.output = None if config.tie_embeddings else nn.Linear(
             config.dim, config.vocab_size, bias=False, **options)
+        self.loss = linear_cross_entropy  # of forward(tokens, targets)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -160,29 +173,38 @@ class Llama(nn.Module):
         """Matrices from normal(0, 0.02), those that write to the residual stream (wo, w2) from
         normal(0, 0.02 / sqrt(2 * n_layers)); norm weights 1."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1)
-            else:
-                writes = name.endswith(("wo.weight", "w2.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layers) if writes else 0.02
-                parameter.normal_(0, std, generator=generator)
+            self.init_parameter(name, parameter, generator)
+
+    def init_parameter(self, name, out, generator=None):
+        """Fill `out` as reset_parameters() fills the parameter `name`."""
+        if out.dim() == 1:
+            out.fill_(1)
+        else:
+            writes = name.endswith(("wo.weight", "w2.weight"))
+            std = 0.02 / math.sqrt(2 * self.config.n_layers) if writes else 0.02
+            out.normal_(0, std, generator=generator)
 
     def num_parameters(self):
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, tokens, targets=None, cache=None, last_only=False):
+    def forward(self, tokens, targets=None, cache=None, last_only=False, rows=None):
         """tokens (B, T), int64 -> logits (B, T, V); the loss, a scalar, if targets are given.
 
         targets: (B, T), int64, -100 where nothing is to be predicted; the mean cross-entropy over
         the rest, fp32, without ever holding all logits. cache: a KVCache with the positions before
         these tokens; they are added to it. last_only: the logits of the last token alone,
-        (B, 1, V). Raises ValueError for ids outside the vocabulary (on CPU; elsewhere the device's
-        own assertion fails), and for more positions than max_seq_len or the cache has room for.
+        (B, 1, V). rows: a layers.CacheRows, for tokens (1, N) that continue rows of the cache which
+        hold different numbers of positions; the caller keeps count of them, cache.length is not
+        used, and last_only gives the tokens that are rows.last. Raises ValueError for ids outside
+        the vocabulary (on CPU; elsewhere the device's own assertion fails), and for more positions
+        than max_seq_len or the cache has room for.
         """
         if tokens.dim() != 2:
             raise ValueError(f"Llama: tokens: expected (B, T), got shape {tuple(tokens.shape)}")
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
+        if rows is not None:
+            start, end = rows, 0
         if end > self.config.max_seq_len:
             raise ValueError("Llama: tokens: expected at most max_seq_len = "
                              f"{self.config.max_seq_len} positions, got {end}")
@@ -190,15 +212,16 @@ class Llama(nn.Module):
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else (cache.k[i], cache.v[i])
             x, residual = layer(x, residual, start, layer_cache)
-        if cache is not None:
+        if cache is not None and rows is None:
             cache.length = end
         h, _ = self.norm(x, residual)  # (B, T, C)
         if targets is not None:
-            return linear_cross_entropy(h, self._output_weight(h.dtype), targets)
-        h = h[:, -1:] if last_only else h
-        if self.output is None:
-            return F.linear(h, self.tok_embeddings.weight)
-        return self.output(h)
+            return self.loss(h, self._output_weight(h.dtype), targets)
+        if last_only:
+            h = h[:, -1:] if rows is None else h[:, rows.last]
+        if isinstance(self.output, Int8Linear):
+            return self.output(h)
+        return F.linear(h, self._output_weight(h.dtype))
 
     def _output_weight(self, dtype):
         if isinstance(self.output, Int8Linear):

@@ -1,27 +1,32 @@
-"""Text files to a folder of token shards: scan, split, train a tokenizer, encode.
+"""Documents to a folder of token shards: scan and clean, split, train a tokenizer, encode.
 
 Every document is encoded as bos, its tokens, eos, so that a model learns where texts begin and end
 and generation can stop at eos. (Meta's code also opens every text with bos; what LLaMA's training
 put at the end is not published.)
 
 Whole documents are held out for validation, chosen by a hash of seed and content, so the result
-depends on the contents and options only, not on paths or the order of the inputs. Everything is
-written in `out/.partial`, which at the end becomes the folder that a new meta.json names: a run
-that fails or is killed leaves an earlier data set as it was. Memory is bounded by the list of
-files, the tokenizer's sample and one batch of text.
+depends on the contents and options only, not on paths or the order of the inputs (which document
+keeps a repeated line, with dedup="lines", does depend on it). Everything is written in
+`out/.partial`, which at the end becomes the folder that a new meta.json names: a run that fails or
+is killed leaves an earlier data set as it was.
+
+The text of a document is read where it is, if that is a text file and stays as it is, else from
+`out/.partial/text`, where the scan puts it. Memory holds about 170 bytes a document besides the
+tokenizer's sample, a batch of text, and what documents.py and cleaning.py say.
 """
 
 import codecs
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import random
 import re
 import shutil
 import sys
-import sysconfig
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,27 +34,30 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .cleaning import Cleaner
 from .data import FORMAT, load_meta, sha256, verify
+from .documents import BLOCK, SUFFIXES, find, is_plain, read_documents
 from .errors import LlamaExtError
 from .files import fsync_folder, seal, write_atomically
 from .tokenizer import TRAIN_CHARS, Tokenizer
 
-SUFFIXES = (".txt", ".md", ".rst", ".py", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp",
-            ".rs", ".go", ".java", ".js", ".ts", ".sh", ".tex", ".html", ".css")
-_STDLIB_SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idle_test")
-_BLOCK = 1 << 20  # bytes read at once
 _BATCH = 4 << 20  # bytes encoded at once
 
 
 def prepare(inputs, out, *, vocab_size=4096, tokenizer=None, val_fraction=0.02,
-            shard_tokens=100_000_000, suffixes=SUFFIXES, seed=0, progress=True):
+            shard_tokens=100_000_000, suffixes=SUFFIXES, text_key="text", fix_text=False,
+            invalid="skip", dedup="documents", min_chars=0, seed=0, progress=True):
     """Write the token shards of the text in `inputs` to the folder `out`; return its meta.json.
 
-    inputs: files (taken whatever their suffix), folders (searched for files with one of `suffixes`;
-        hidden entries, symbolic links to folders and `out` itself are left out) and the word
-        "stdlib": the Python standard library's sources on this machine, without its tests and
-        site-packages. Files that are not UTF-8 or hold a NUL byte, empty files and repeated
-        contents are skipped and counted.
+    inputs: files (taken whatever their suffix), folders (searched for files with one of `suffixes`,
+        compressed or not; hidden entries, symbolic links to folders and `out` itself are left out)
+        and the word "stdlib": the Python standard library's sources on this machine, without its
+        tests and site-packages. A file is a document, but for .jsonl, .ndjson and .parquet, which
+        have a document in each line or row, under the name `text_key`; .gz, .bz2, .xz and .zst
+        are decompressed.
+    fix_text, invalid, dedup, min_chars: how documents are cleaned, and which are skipped; see
+        cleaning.Cleaner. By default what is not UTF-8, or holds a NUL byte, is empty or repeats
+        another document is skipped, and the rest stays as it is.
     tokenizer: a SentencePiece .model to use; without it one with `vocab_size` pieces is trained on
         a random sample of the training text of at most TRAIN_CHARS bytes.
     val_fraction: share of the bytes to hold out, in whole documents; when these are too large for
@@ -59,10 +67,10 @@ def prepare(inputs, out, *, vocab_size=4096, tokenizer=None, val_fraction=0.02,
     Writes tokenizer.model, train-00000.bin ..., val-00000.bin ... and val.txt (the held-out text,
     what the val tokens encode) into a folder in `out`, and `out/meta.json`: "folder", its name;
     dtype, vocab_size, bos_id, eos_id; "train" and "val" with documents, bytes (of text), tokens,
-    shards; "skipped" counts; "files" with bytes and sha256 of each; "fingerprint" of contents and
-    options. When `out` already holds the same, nothing is done. `progress` shows notes on stderr,
-    and bars where it is a terminal. Raises LlamaExtError for bad input, unreadable files and a full
-    disk.
+    shards; "skipped" and "cleaned", counts (see cleaning.Cleaner); "files" with bytes and sha256 of
+    each; "fingerprint" of contents and options. When `out` already holds the same text, nothing is
+    done. `progress` shows notes on stderr, and bars where it is a terminal. Raises LlamaExtError
+    for bad input, unreadable files and a full disk.
     """
     if isinstance(inputs, (str, os.PathLike)):
         inputs = [inputs]
@@ -70,22 +78,24 @@ def prepare(inputs, out, *, vocab_size=4096, tokenizer=None, val_fraction=0.02,
         raise ValueError(f"prepare: val_fraction must be in [0, 1), got {val_fraction}")
     if shard_tokens < 1:
         raise ValueError(f"prepare: shard_tokens must be at least 1, got {shard_tokens}")
+    cleaner = Cleaner(fix_text, invalid, dedup, min_chars)
     out = Path(out)
     if tokenizer is not None:
         tokenizer, model = Tokenizer(tokenizer), Path(tokenizer)
         vocab_size = tokenizer.vocab_size
     try:
-        documents, skipped = _scan(_find(inputs, suffixes, out), seed, progress)
-        if not documents:
-            raise LlamaExtError(f"prepare: no text found in {', '.join(map(str, inputs))} "
-                                f"(skipped: {skipped})")
-        fingerprint = _fingerprint(documents, seed, vocab_size, tokenizer, val_fraction,
-                                   shard_tokens)
-        if meta := _complete(out, fingerprint):
-            _note(progress, f"{out}: already prepared from the same text and options")
-            return meta
+        paths = list(find(inputs, suffixes, out))
         out.mkdir(parents=True, exist_ok=True)
         with _partial_folder(out) as partial:
+            documents, digests = _scan(paths, partial / "text", text_key, cleaner, seed, progress)
+            if not len(documents):
+                raise LlamaExtError(f"prepare: no text found in {', '.join(map(str, inputs))} "
+                                    f"(skipped: {cleaner.skipped})")
+            fingerprint = _fingerprint(digests, seed, vocab_size, tokenizer, val_fraction,
+                                       shard_tokens)
+            if meta := _complete(out, fingerprint):
+                _note(progress, f"{out}: already prepared from the same text and options")
+                return meta
             train, val = _split(documents, val_fraction)
             if tokenizer is None:
                 _note(progress, f"training a tokenizer of {vocab_size} pieces")
@@ -96,13 +106,14 @@ def prepare(inputs, out, *, vocab_size=4096, tokenizer=None, val_fraction=0.02,
             meta = {"format": FORMAT, "fingerprint": fingerprint, "folder": fingerprint[:12],
                     "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
                     "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
-                    "eos_id": tokenizer.eos_id, "skipped": skipped, "files": {}}
-            total = sum(d.stop - d.start for d in train + val)
-            with tqdm(desc="encoding", total=total, unit="B", unit_scale=True,
+                    "eos_id": tokenizer.eos_id, "skipped": cleaner.skipped,
+                    "cleaned": cleaner.cleaned, "files": {}}
+            with tqdm(desc="encoding", total=train.bytes + val.bytes, unit="B", unit_scale=True,
                       disable=None if progress else True) as bar:
                 for split, spans in (("train", train), ("val", val)):
                     meta[split] = _encode(spans, tokenizer, partial, split, meta["dtype"],
                                           shard_tokens, bar)
+            (partial / "text").unlink()
             _publish(partial, out, meta)
     except OSError as e:
         where = e.filename or out
@@ -112,11 +123,40 @@ def prepare(inputs, out, *, vocab_size=4096, tokenizer=None, val_fraction=0.02,
 
 @dataclass(frozen=True)
 class _Span:
-    """Bytes [start, stop) of a text file; `digest` is that of the whole file."""
+    """Bytes [start, stop) of a file, the text of a document or a part of it."""
     path: Path
     start: int
     stop: int
-    digest: bytes
+
+
+class _Documents:
+    """A sequence of _Span in arrays, 20 bytes each."""
+
+    def __init__(self, paths, file, start, stop):
+        self.paths = paths
+        self.file, self.start, self.stop = file, start, stop  # file: an index into paths
+
+    @property
+    def sizes(self):
+        """Bytes of each."""
+        return self.stop - self.start
+
+    @property
+    def bytes(self):
+        return int(self.sizes.sum())
+
+    def __len__(self):
+        return len(self.file)
+
+    def __getitem__(self, i):
+        return _Span(self.paths[self.file[i]], int(self.start[i]), int(self.stop[i]))
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def take(self, rows):
+        """A copy of those that `rows`, an array of indices or bools, picks."""
+        return _Documents(self.paths, self.file[rows], self.start[rows], self.stop[rows])
 
 
 def _note(progress, text):
@@ -124,81 +164,50 @@ def _note(progress, text):
         print(text, file=sys.stderr, flush=True)
 
 
-def _find(inputs, suffixes, out):
-    """Yield the files named by `inputs`."""
-    for entry in inputs:
-        if entry == "stdlib":
-            folder = Path(sysconfig.get_paths()["stdlib"])
-            yield from _walk(folder, (".py",), out, _STDLIB_SKIPPED)
-        elif Path(entry).is_dir():
-            if Path(entry).resolve() == out.resolve():
-                raise LlamaExtError(f"{out}: expected an output folder that is not an input too")
-            yield from _walk(Path(entry), tuple(suffixes), out, ())
-        elif Path(entry).is_file():
-            yield Path(entry)
-        else:
-            raise LlamaExtError(f"{entry}: expected a text file, a folder or the word stdlib, "
-                                "got a path that is neither")
+def _scan(paths, spool_path, text_key, cleaner, seed, progress):
+    """Read and clean every document once; (_Documents, their sha256 digests, a row of uint8 each),
+    in an order drawn from seed.
 
-
-def _walk(folder, suffixes, out, skipped_names):
-    def fail(error):
-        raise error
-    out = out.resolve()
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders
-                            if not name.startswith(".") and name not in skipped_names
-                            and Path(parent, name).resolve() != out)
-        for name in sorted(names):
-            path = Path(parent, name)
-            if name.endswith(suffixes) and not name.startswith(".") and path.is_file():
-                yield path
-
-
-def _scan(paths, seed, progress):
-    """Read every file once: the different texts in an order drawn from seed, and skipped counts."""
-    documents, seen = [], set()
-    skipped = {"not_text": 0, "empty": 0, "duplicate": 0}
-    with tqdm(desc="reading", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+    Those that are no files of their own, or do not stay as they are, go to the file `spool_path`.
+    """
+    files, file, start, stop = [spool_path], array("i"), array("q"), array("q")
+    digests = bytearray()
+    with tqdm(desc="reading", unit="B", unit_scale=True, disable=None if progress else True) \
+            as bar, open(spool_path, "wb") as spool:
         for path in paths:
-            size, digest = _read_whole(path)
-            bar.update(size)
-            if digest is None:
-                skipped["not_text"] += 1
-            elif not size:
-                skipped["empty"] += 1
-            elif digest in seen:
-                skipped["duplicate"] += 1
-            else:
-                seen.add(digest)
-                documents.append(_Span(path, 0, size, digest))
-    documents.sort(key=lambda d: hashlib.sha256(b"%d " % seed + d.digest).digest())
-    return documents, skipped
+            plain = is_plain(path) and not cleaner.rewrites
+            for blocks in read_documents(path, text_key):
+                begin = spool.tell()
+                kept = cleaner.clean(_counted(blocks, bar), None if plain else spool.write)
+                if kept is None:
+                    spool.seek(begin)  # the next document takes its place
+                    continue
+                size, digest = kept
+                if plain:
+                    files.append(path)
+                file.append(len(files) - 1 if plain else 0)
+                start.append(0 if plain else begin)
+                stop.append(start[-1] + size)
+                digests += digest
+    keys = bytearray()
+    for i in range(0, len(digests), 32):
+        keys += hashlib.sha256(b"%d " % seed + digests[i:i + 32]).digest()
+    order = np.argsort(np.frombuffer(keys, "S32"), kind="stable")
+    documents = _Documents(files, *map(np.array, (file, start, stop))).take(order)
+    return documents, np.frombuffer(digests, np.uint8).reshape(-1, 32)[order]
 
 
-def _read_whole(path):
-    """(size in bytes, sha256) of a text file; the digest is None for one that is not UTF-8 text."""
-    digest, decoder, size = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), 0
-    with open(path, "rb") as f:
-        while block := f.read(_BLOCK):
-            size += len(block)
-            digest.update(block)
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError:
-                return size, None
-            if b"\0" in block:
-                return size, None
-    # A character cut off by the end of the file is left in the decoder.
-    return size, None if decoder.getstate()[0] else digest.digest()
+def _counted(blocks, bar):
+    for block in blocks:
+        bar.update(len(block))
+        yield block
 
 
-def _fingerprint(documents, seed, vocab_size, tokenizer, val_fraction, shard_tokens):
+def _fingerprint(digests, seed, vocab_size, tokenizer, val_fraction, shard_tokens):
     digest = hashlib.sha256(json.dumps(
         [FORMAT, seed, vocab_size, tokenizer and tokenizer.sha256, val_fraction,
          shard_tokens]).encode())
-    for document in documents:
-        digest.update(document.digest)
+    digest.update(digests)
     return digest.hexdigest()
 
 
@@ -241,18 +250,19 @@ def _split(documents, val_fraction):
 
     When more than half of that share stays empty, the end of the largest document fills it.
     """
-    room = budget = round(val_fraction * sum(d.stop for d in documents))
-    train, val = [], []
-    for document in documents:
-        fits = document.stop <= room
-        (val if fits else train).append(document)
-        room -= document.stop if fits else 0
+    room = budget = round(val_fraction * documents.bytes)
+    held = np.zeros(len(documents), dtype=bool)
+    for i, size in enumerate(documents.sizes.tolist()):
+        held[i] = size <= room
+        room -= size if held[i] else 0
+    train, val = documents.take(~held), documents.take(held)
     if room > budget / 2:
-        largest = max(train, key=lambda d: d.stop)
+        i = int(np.argmax(train.sizes))
+        largest = train[i]
         cut = _line_start(largest, largest.stop - room)
-        if 0 < cut < largest.stop:
-            train[train.index(largest)] = _Span(largest.path, 0, cut, largest.digest)
-            val.append(_Span(largest.path, cut, largest.stop, largest.digest))
+        if largest.start < cut < largest.stop:
+            val = documents.take(np.append(np.flatnonzero(held), np.flatnonzero(~held)[i]))
+            train.stop[i] = val.start[-1] = cut
     return train, val
 
 
@@ -260,7 +270,7 @@ def _line_start(document, offset):
     """The first line start at or after `offset`; where none is near, the first character start."""
     with open(document.path, "rb") as f:
         f.seek(offset)
-        block = f.read(_BLOCK)
+        block = f.read(min(BLOCK, document.stop - offset))
     newline = block.find(b"\n")
     if 0 <= newline < len(block) - 1:
         return offset + newline + 1
@@ -270,37 +280,43 @@ def _line_start(document, offset):
 def _sample(spans, limit, seed):
     """Yield a random sample of the text, about `limit` bytes in blocks of 64 KiB."""
     rng, size = random.Random(seed), 1 << 16
-    keep = limit / max(1, sum(s.stop - s.start for s in spans))
-    for span in spans:
-        with open(span.path, "rb") as f:
-            for start in range(span.start, span.stop, size):
-                if rng.random() < keep:
-                    f.seek(start)
-                    block = f.read(min(size, span.stop - start))
-                    yield block.decode(errors="ignore")  # drops characters cut at either end
+    keep = limit / max(1, spans.bytes)
+    for span, f in _opened(spans):
+        for start in range(span.start, span.stop, size):
+            if rng.random() < keep:
+                f.seek(start)
+                block = f.read(min(size, span.stop - start))
+                yield block.decode(errors="ignore")  # drops characters cut at either end
+
+
+def _opened(spans):
+    """Yield (span, its file), where spans in a row are of one file opened once."""
+    for path, group in itertools.groupby(spans, key=lambda span: span.path):
+        with open(path, "rb") as f:
+            for span in group:
+                yield span, f
 
 
 def _blocks(spans):
-    """Yield (text, is its span's first, is its span's last) in blocks of at most _BLOCK bytes."""
-    for span in spans:
+    """Yield (text, is its span's first, is its span's last) in blocks of at most BLOCK bytes."""
+    for span, f in _opened(spans):
         decoder, at = codecs.getincrementaldecoder("utf-8")(), span.start
-        with open(span.path, "rb") as f:
-            f.seek(at)
-            while at < span.stop:
-                block = f.read(min(_BLOCK, span.stop - at))
-                first, at = at == span.start, at + len(block)
-                try:
-                    text = decoder.decode(block, final=at == span.stop)
-                except UnicodeDecodeError:
-                    text = ""
-                if not text:
-                    raise LlamaExtError(f"{span.path}: changed while it was being read")
-                yield text, first, at == span.stop
+        f.seek(at)
+        while at < span.stop:
+            block = f.read(min(BLOCK, span.stop - at))
+            first, at = at == span.start, at + len(block)
+            try:
+                text = decoder.decode(block, final=at == span.stop)
+            except UnicodeDecodeError:
+                text = ""
+            if not text:
+                raise LlamaExtError(f"{span.path}: changed while it was being read")
+            yield text, first, at == span.stop
 
 
 def _encode(spans, tokenizer, folder, split, dtype, shard_tokens, bar):
     """Write the shards of `spans` (and val.txt); return their entry of meta.json."""
-    count = {"documents": len(spans), "bytes": sum(s.stop - s.start for s in spans), "tokens": 0}
+    count = {"documents": len(spans), "bytes": spans.bytes, "tokens": 0}
     threads, batch, size = torch.get_num_threads(), [], 0
     with _ShardWriter(folder, split, dtype, shard_tokens) as shards, \
             open(folder / "val.txt" if split == "val" else os.devnull, "wb") as text_file:

@@ -30,8 +30,7 @@ class Int8Linear(nn.Module):
     """nn.Linear without bias, its weight in int8: (..., in_features) -> (..., out_features).
 
     weight: int8 (out_features, in_features); scale: float32 (out_features,), whatever dtype the
-    module is cast to. Both are buffers: they are saved and loaded, not trained. Loading a floating
-    weight from a state_dict quantises it.
+    module is cast to. Both are buffers: they are saved and loaded, not trained.
     """
 
     def __init__(self, in_features, out_features, device=None):
@@ -54,13 +53,6 @@ class Int8Linear(nn.Module):
         if self.scale.dtype != scale.dtype:
             self.scale = scale.to(self.scale.device)
         return self
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and weight.is_floating_point():
-            values, scale = quantize(weight)
-            state_dict = {**state_dict, f"{prefix}weight": values, f"{prefix}scale": scale}
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}"

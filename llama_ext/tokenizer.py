@@ -9,6 +9,7 @@ token of a 4096-piece vocabulary (dev/LOG.md).
 import codecs
 import hashlib
 import io
+import itertools
 import re
 from pathlib import Path
 
@@ -95,12 +96,17 @@ class Tokenizer:
 
         A piece is yielded as soon as its last byte is known; the pieces joined are decode(ids).
         """
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for i in ids:
-            if text := decoder.decode(self._id_bytes(i)):
+        decode = self.stream_decoder()
+        for i in itertools.chain(ids, [None]):
+            if text := decode(i):
                 yield text
-        if text := decoder.decode(b"", final=True):
-            yield text
+
+    def stream_decoder(self):
+        """A function of one id after the other, and of None at the end: each time the text that is
+        complete with it, which may be empty, and never ends in half a character."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda i: (decoder.decode(b"", final=True) if i is None
+                          else decoder.decode(self._id_bytes(i)))
 
     def _id_bytes(self, i):
         if not 0 <= i < self.vocab_size:

@@ -24,14 +24,18 @@ def write_texts(folder, count=40, seed=0):
     return paths
 
 
-def write_data_set(folder, train, val=(), shard_tokens=100, vocab_size=1 << 16, dtype="uint16"):
+def write_data_set(folder, train, val=(), shard_tokens=100, vocab_size=1 << 16, dtype="uint16",
+                   tokenizer="a"):
     """A data set with these token ids, as `prepare` lays it out; returns its folder."""
-    meta = {"format": FORMAT, "folder": "f", "fingerprint": "test", "dtype": dtype,
-            "vocab_size": vocab_size, "files": {}}
+    meta = {"format": FORMAT, "folder": "f", "fingerprint": folder.name, "dtype": dtype,
+            "vocab_size": vocab_size, "files": {"tokenizer.model": {"bytes": 1, "sha256": "0"}}}
     (folder / "f").mkdir(parents=True)
+    (folder / "f" / "tokenizer.model").write_text(tokenizer)
+    meta["files"]["tokenizer.model"]["sha256"] = sha256(folder / "f" / "tokenizer.model")
     for split, ids in (("train", train), ("val", val)):
         starts = range(0, len(ids), shard_tokens)
-        meta[split] = {"shards": [f"{split}-{i}.bin" for i in range(len(starts))]}
+        meta[split] = {"shards": [f"{split}-{i}.bin" for i in range(len(starts))],
+                       "bytes": 3 * len(ids), "tokens": len(ids)}
         for name, start in zip(meta[split]["shards"], starts):
             path = folder / "f" / name
             path.write_bytes(np.array(ids[start:start + shard_tokens], dtype).tobytes())

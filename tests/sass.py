@@ -113,10 +113,33 @@ def count(code, begin, end):
             "opcodes": {name: opcodes.count(name) for name in sorted(set(opcodes))}}
 
 
+def arms(code, begin, end):
+    """The two sides of a branch in a loop that both come together again, as index ranges: what the
+    one and the other warp of a pair does. Two empty ranges where there is no such branch."""
+    at = {address: i for i, (address, *_) in enumerate(code)}
+    for i in range(begin, end):
+        other = at.get(code[i][2], -1)
+        if i < other <= end and code[other - 1][1] == "BRA" and at[code[other - 1][2]] > other:
+            return range(i + 1, other), range(other, at[code[other - 1][2]])
+    return range(0), range(0)
+
+
 def hot_loop(code):
-    """Counts of the innermost loop with the fewest instructions per HMMA."""
-    counts = [count(code, *span) for span in innermost_loops(code)]
-    return min((c for c in counts if c["HMMA"]), key=lambda c: c["per HMMA"], default=None)
+    """Counts of the innermost loop with the fewest instructions per HMMA, None where none has any;
+    of a loop whose warps work in pairs, each on one side of a branch, the mean of both."""
+    loops = [span for span in innermost_loops(code) if count(code, *span)["HMMA"]]
+    if not loops:
+        return None
+    begin, end = min(loops, key=lambda span: count(code, *span)["per HMMA"])
+    if not any(both := arms(code, begin, end)):
+        return count(code, begin, end)
+    one, other = ([(*code[i][:2], None) for i in range(begin, end + 1) if i not in arm]
+                  for arm in both)
+    one, other = count(one, 0, len(one) - 1), count(other, 0, len(other) - 1)
+    opcodes = {name: (one["opcodes"].get(name, 0) + other["opcodes"].get(name, 0)) / 2
+               for name in sorted(one["opcodes"] | other["opcodes"])}
+    return {key: (one[key] + other[key]) / 2 for key in one if key != "opcodes"} | {
+        "opcodes": opcodes}
 
 
 def main():
@@ -137,7 +160,7 @@ def main():
                           for key, value in loop.items() if key != "opcodes"))
         if args.opcodes:
             for opcode, n in loop["opcodes"].items():
-                print(f"    {n:5} {opcode}")
+                print(f"    {n:5g} {opcode}")
 
 
 if __name__ == "__main__":

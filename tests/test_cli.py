@@ -17,10 +17,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from corpus import flip_bit, halve, write_texts
 from llama_ext import checkpoint, cli
 from llama_ext.data import load_meta
+from llama_ext.estimate import EstimateConfig
 from llama_ext.train import TrainConfig
 
 LLAMA_EXT = [sys.executable, "-m", "llama_ext"]
@@ -43,12 +45,12 @@ def work(tmp_path_factory):
     assert done.returncode == 0
     assert re.search(r"train: \d+ documents, [\d,]+ bytes, [\d,]+ tokens in 1 shards\n"
                      r"val: 1 documents, ", done.stdout)
-    assert "skipped files: 0 not text, 0 empty, 0 duplicate" in done.stdout
+    assert "skipped documents: 0 not text, 0 empty, 0 duplicate, 0 short\n" in done.stdout
     assert done.stderr == "training a tokenizer of 320 pieces\n"  # no bar without a terminal
     done = call("train", "--data", work / "data", "--run", work / "run", *SHAPE, "--steps=60")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"step 50/60: loss \d\.\d+, grad norm \d\.\d+, [\d,]+ tokens/s, 00:0\d left",
-                     done.stdout)
+    assert re.search(r"step 50/60: loss \d\.\d+, grad norm \d\.\d+, [\d,]+ tokens/s, MFU \d+%, "
+                     r"lr \d\.\d\de-04, 0\.\d\d GB, 00:0\d left", done.stdout)
     assert re.search(r"this model +\d\.\d{3}\n +xz -9 +\d\.\d{3}\n +gzip -9 +\d\.\d{3}\n",
                      done.stdout)
     return work
@@ -78,14 +80,88 @@ def test_generate_streams_whole_characters_as_they_come(work, monkeypatch, capsy
     seen = []
 
     def ids(model, prompt_ids, count, **options):
-        assert options == {"temperature": 0.8, "top_p": 0.95, "seed": None, "eos_id": 2}
-        for token in tokenizer.encode("\U0001f600é x"):
-            yield token
+        assert options == {"temperature": 0.8, "top_p": 0.95, "top_k": None, "seed": None,
+                           "eos_id": 2, "batch_size": 16, "ended": set()}
+        for token in [*tokenizer.encode("\U0001f600é x"), None]:
+            yield 0, token
             seen.append(capsys.readouterr().out)
     _, tokenizer = checkpoint.load_model(checkpoint.latest(work / "run"))
     monkeypatch.setattr("llama_ext.generate.stream", ids)
     assert cli.main(["generate", "--run", str(work / "run"), "--prompt", "<"]) == 0
     assert seen[:4] == ["<", "", "", "\U0001f600"] and "".join(seen) == "<\U0001f600é x"
+
+
+def test_generate_many_prompts(work, tmp_path, capsys):
+    """From options and files; each text as its prompt gets it alone, in the prompts' order."""
+    generate = ["generate", "--run", str(work / "run"), "--max-new-tokens=9", "--top-k=50"]
+    prompts = ["naïve", "x y", "a def the", "print 3"]
+    alone = []
+    for i, prompt in enumerate(prompts):
+        assert cli.main([*generate, "--prompt", prompt, f"--seed={4 + i}"]) == 0
+        alone.append(capsys.readouterr().out.removesuffix("\n"))
+    (tmp_path / "p.txt").write_text("a def the\r\n\nprint 3\n")
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt, "id": 7}) + "\n" for prompt in prompts[1:]))
+    many = [*generate, "--seed=4", "--prompt=naïve"]
+    assert cli.main([*many, "--prompt=x y", "--prompts-file", str(tmp_path / "p.txt"),
+                     "--batch-size=3"]) == 0
+    assert capsys.readouterr().out == "".join(
+        f"--- {i + 1} of 4 ---\n{text}\n" for i, text in enumerate(alone))
+    stop = alone[2][-3:]
+    assert cli.main([*many, "--prompts-file", str(tmp_path / "p.jsonl"), "--stop", stop,
+                     "--stop=never", "--jsonl"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [{"prompt": p, "text": text.removeprefix(p).split(stop)[0]}
+                     for p, text in zip(prompts, alone)]
+    assert prompts[2] + lines[2]["text"] != alone[2]
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("p.txt", b"\n", "p.txt: expected at least one prompt, got an empty file"),
+    ("p.txt", b"caf\xe9", "p.txt: expected UTF-8 text, got byte 0xe9 at 3"),
+    ("p.jsonl", b'{"prompt": "a"}\n{"text": 1}', "line 2: expected a JSON object with a text"),
+    ("p.jsonl", b'{"prompt": 3}', "line 1: expected a JSON object with a text"),
+    ("p.jsonl", b"plain", "line 1: expected a JSON object with a text"),
+    ("none.txt", None, "none.txt: No such file or directory")])
+def test_prompts_files_that_are_none(work, tmp_path, name, content, expected, capsys):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    code, err = sentence(capsys, ["generate", "--run", work / "run", "--prompts-file",
+                                  tmp_path / name])
+    assert code == 1 and expected in err
+
+
+def test_generate_in_bf16_and_its_plan(work, capsys, monkeypatch):
+    generate = ["generate", "--run", str(work / "run"), "--prompt=x", "--max-new-tokens=5",
+                "--temperature=0"]
+    dtypes, load = [], checkpoint.load_model
+
+    def load_model(*args):
+        model, tokenizer = load(*args)
+        dtypes.append({p.dtype for p in model.parameters()})
+        return model, tokenizer
+    monkeypatch.setattr(checkpoint, "load_model", load_model)
+    for dtype in ("fp32", "bf16"):
+        assert cli.main([*generate, "--dtype", dtype, "--device=cpu"]) == 0
+        assert capsys.readouterr().out.startswith("x")
+    assert dtypes == [{torch.float32}, {torch.bfloat16}]
+    plans = []
+    for dtype in ("fp32", "bf16"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([*generate, "--dtype", dtype, "--plan", "--device=cpu"])
+        plans.append(json.loads(capsys.readouterr().out))
+        plan = plans[-1]
+        assert plan["total"] == plan["weights"] + plan["cache"] + plan["workspace"] < plan["free"]
+        assert plan["device"] == "cpu"
+    assert plans[0]["cache"] == 2 * plans[1]["cache"] > 0
+    assert len(dtypes) == 2  # a plan reads no weights
+    monkeypatch.setattr("llama_ext.footprint.free_memory", lambda device: 10_000)
+    code, err = sentence(capsys, generate)
+    assert code == 1 and len(dtypes) == 2
+    assert re.search(r"fit into the 0.00 GB free on cpu, got weights \d\.\d\d MB, cache", err), err
+    if not torch.cuda.is_available():
+        code, err = sentence(capsys, [*generate, "--device=cuda"])
+        assert code == 2 and "--device: expected auto or cpu where torch sees no GPU" in err
 
 
 def test_info_is_json(capsys):
@@ -99,17 +175,22 @@ def test_every_option_of_train_reaches_its_field(monkeypatch, tmp_path):
              and not f.metadata["choices"]}
     given |= {"data": "d", "run": "r", "preset": "7B", "dim": 8, "n_layers": 9, "n_heads": 10,
               "n_kv_heads": 11, "hidden_dim": 12, "seq_len": 13, "warmup": 3, "optimizer": "adamax",
-              "beta2": 0.25, "dtype": "fp32"}
+              "beta2": 0.25, "dtype": "fp32", "device": "cpu", "lr": 0.75,
+              "batch_tokens": 4 << 20, "peak_flops": 312e12, "grad_accum": None,
+              "tensorboard": True, "keep_gathered": True}
     assert given.keys() == {f.name for f in dataclasses.fields(TrainConfig)}
     seen = []
     monkeypatch.setattr("llama_ext.train.train", lambda c: seen.append(c) or {"signal": None})
-    args = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    texts = given | {"batch_tokens": "4M", "peak_flops": "312T"}
+    args = [f"--{name.replace('_', '-')}={value}" for name, value in texts.items()
+            if type(value) not in (bool, type(None))] + ["--tensorboard", "--keep-gathered"]
     assert cli.main(["train", *args]) == 0
-    assert cli.main(["train", "--data=d", "--run=r"]) == 0
-    assert seen == [TrainConfig(**given), TrainConfig("d", "r")]
+    assert cli.main(["train", "--data=d", "--run=r", "--grad-accum=14"]) == 0
+    assert seen == [TrainConfig(**given), TrainConfig("d", "r", grad_accum=14)]
 
 
-@pytest.mark.parametrize("command", ["info", "prepare", "train", "generate"])
+@pytest.mark.parametrize("command", ["info", "prepare", "mixture", "train", "generate", "eval",
+                                     "estimate"])
 def test_help_gives_every_options_default(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
@@ -118,8 +199,10 @@ def test_help_gives_every_options_default(command, capsys):
                          text.split("options:")[1])
     optional = [o for o in options if o.split()[0] not in ("--out", "--data", "--run")]
     assert all("(default: " in option for option in optional), optional
-    assert len(options) == {"info": 0, "prepare": 7, "train": len(dataclasses.fields(TrainConfig)),
-                            "generate": 6}[command]
+    train, estimate = (sum(field.type is not bool for field in dataclasses.fields(config))
+                       for config in (TrainConfig, EstimateConfig))  # flags are off
+    assert len(options) == {"info": 0, "prepare": 11, "mixture": 1, "train": train, "generate": 12,
+                            "eval": 8, "estimate": estimate}[command]
 
 
 def sentence(capsys, argv):
@@ -143,6 +226,12 @@ def sentence(capsys, argv):
     (["train", "--run=r"], "required: --data"), (["train", "--data=d", "--run=r", "--step=3"],
                                                  "unrecognized arguments: --step=3"),
     (["train", "--data=d", "--run=r", "--steps=1e3"], "--steps: invalid int value: '1e3'"),
+    (["train", "--data=d", "--run=r", "--batch-tokens=4X"],
+     "--batch-tokens: expected a finite number, with k, M, G or T behind it or not, got '4X'"),
+    (["train", "--data=d", "--run=r", "--batch-tokens=0.5"], "a whole number, got '0.5'"),
+    (["train", "--data=d", "--run=r", "--peak-flops=inf"], "finite number.*got 'inf'"),
+    (["train", "--data=d", "--run=r", "--grad-accum=1", "--batch-tokens=1k"],
+     "grad_accum: expected none beside batch_tokens, which determines it, got 1"),
     (["train", "--data=d", "--run=r", "--dtype=fp8"], "--dtype: invalid choice: 'fp8'"),
     (["train", "--data=d", "--run=r", "--lr=nan"], "lr: expected a finite number .*, got nan"),
     (["generate"], "required: --run")])
@@ -157,6 +246,9 @@ def test_wrong_usage_is_one_sentence_and_2(argv, expected, capsys, tmp_path, mon
     (["--temperature=-1"], "temperature: expected a number >= 0, got -1.0"),
     (["--top-p=0"], "top_p: expected above 0 and at most 1, got 0.0"),
     (["--max-new-tokens=-4"], "max_new_tokens: expected >= 0, got -4"),
+    (["--top-k=0"], "top_k: expected >= 1 or None, got 0"),
+    (["--batch-size=0"], "batch_size: expected >= 1, got 0"),
+    (["--stop="], "stop: expected texts of at least one character, got ''"),
     (["--prompt", "word " * 99], r"prompt_ids: expected 1 to max_seq_len = 32 ids, got \d+")])
 def test_generate_rejects_options_out_of_range(work, options, expected, capsys):
     code, err = sentence(capsys, ["generate", "--run", work / "run", *options])

@@ -212,6 +212,24 @@ def tail(x):
     return wide[1:]
 
 
+@pytest.mark.parametrize("T, S", [(70, 6000), (6000, 70)])
+def test_heads_that_do_not_fit_the_cache_together(T, S):
+    """Blocks of some heads go before those of others; the last of these are fewer."""
+    check(*inputs(1, T, S, 4, 4, 256, torch.bfloat16), causal=False, window=50)
+
+
+def in_aligned_rows(x):
+    """x with the same values in rows of a wider buffer that all begin at multiples of 128 bytes."""
+    return torch.full((*x.shape[:-1], 64), float("nan"), dtype=x.dtype)[..., :x.shape[-1]].copy_(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [7, 52, 61])
+def test_odd_head_dims_in_aligned_rows(D, dtype):
+    q, k, v = (in_aligned_rows(t) for t in inputs(2, 70, 90, 2, 1, D, dtype))
+    check(q, k, v, dout_layout=in_aligned_rows)
+
+
 @pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("layout", [padded, shifted, tail])
 @pytest.mark.parametrize("D", [40, 64, 128])

@@ -45,9 +45,8 @@ def test_traffic(case):
 
 @every_case
 def test_loads_in_flight(machine_code, summary, case):
-    got = counts.count(case)
-    summary.append(counts.line(case, got))
-    assert counts.registers_and_loads_in_flight(got.launch)[1] >= 32
+    summary.append(counts.line(case))
+    assert counts.figures(case)["in flight"] >= 32
 
 
 def source_names():

@@ -1,4 +1,4 @@
-"""Shapes and addresses at which the CUDA kernels of linear_int8 take another path; on any backend."""
+"""Shapes and addresses at which the CUDA kernels of linear_int8 take another path; any backend."""
 
 import pytest
 import torch

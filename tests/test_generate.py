@@ -1,10 +1,14 @@
 """Generation: what it draws, when it stops, and that batches and caches change nothing."""
 
+import random
+
 import pytest
 import torch
 
-from llama_ext.generate import generate, sample, stream
+from corpus import WORDS
+from llama_ext.generate import generate, generate_text, sample, stream, stream_text
 from llama_ext.model import Llama, LlamaConfig
+from llama_ext.tokenizer import Tokenizer
 
 CONTEXT = 24
 PROMPTS = [[5, 1, 8], [2], [7, 7, 7], [3, 9, 4, 1, 5, 2]]
@@ -155,6 +159,8 @@ def test_model_still_trains_after_generating(model):
     ([1], 4, {"temperature": float("nan")}, "temperature: expected a number >= 0, got nan"),
     ([1], 4, {"top_p": 0.0}, "top_p: expected above 0 and at most 1, got 0.0"),
     ([1], 4, {"top_p": 1.5}, "top_p: expected above 0 and at most 1, got 1.5"),
+    ([1], 4, {"top_k": 0}, "top_k: expected >= 1 or None, got 0"),
+    ([[1]], 4, {"batch_size": 0}, "batch_size: expected >= 1, got 0"),
     ([1, 61], 4, {}, "expected ids from 0 to 60, got 1 to 61")])
 def test_refuses(model, prompt, steps, options, message):
     with pytest.raises(ValueError, match=message):
@@ -167,3 +173,132 @@ def test_model_with_nan_weights_is_reported():
         model.norm.weight[3] = torch.nan
     with pytest.raises(ValueError, match="expected finite logits, got others at token 2"):
         generate(model, [1, 2], 4)
+
+
+# --- many prompts ---
+
+def test_a_row_that_ends_goes_to_the_next_prompt(model):
+    """Five prompts on two rows: the passes hold the new tokens of each row and no others."""
+    prompts = [*PROMPTS, [4]]
+    alone = [generate(model, p, 6, seed=3 + i) for i, p in enumerate(prompts)]
+    widths = []
+    hook = model.tok_embeddings.register_forward_hook(lambda _, x, y: widths.append(y.shape[1]))
+    got = list(stream(model, prompts, 6, seed=3, batch_size=2))
+    hook.remove()
+    assert widths[:8] == [3 + 1, 2, 2, 2, 2, 2, 3 + 6, 2]
+    assert widths[8:] == [2, 2, 2, 2, 1, 1, 1, 1, 1, 1]
+    for i, ids in enumerate(alone):
+        assert [token for j, token in got if j == i] == [*ids, None]
+    assert generate(model, prompts, 6, seed=3, batch_size=1) == alone
+
+
+def test_prompts_join_up_to_a_number_of_tokens(model, monkeypatch):
+    widths = []
+    hook = model.tok_embeddings.register_forward_hook(lambda _, x, y: widths.append(y.shape[1]))
+    monkeypatch.setattr("llama_ext.generate.PROMPT_TOKENS", 5)
+    together = generate(model, [PROMPTS[3], *PROMPTS], 3, temperature=0)
+    hook.remove()
+    assert widths == [6, 1 + 3 + 1, 2 + 1 + 3, 1 + 2 + 6, 2, 1]
+    assert together == [generate(model, p, 3, temperature=0) for p in [PROMPTS[3], *PROMPTS]]
+
+
+def test_the_reader_ends_a_prompt(model):
+    free, ended, got = generate(model, PROMPTS, 8, seed=5), set(), [[] for _ in PROMPTS]
+    for i, token in stream(model, PROMPTS, 8, seed=5, ended=ended):
+        got[i].append(token)
+        if len(got[i]) == i + 1:
+            ended.add(i)
+    assert got == [[*ids[:i + 1], None] for i, ids in enumerate(free)]
+
+
+def test_draws_come_from_the_top_k():
+    logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
+    draws = torch.linspace(0, 1 - 2 ** -24, 1001)
+
+    def shares(**options):
+        ids = sample(logits.expand(1001, 5), draws, **options)
+        return torch.bincount(ids, minlength=5) / 1001
+
+    torch.testing.assert_close(shares(top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7, 0]),
+                               atol=2e-3, rtol=0)
+    assert shares(top_k=1)[1] == 1
+    assert shares(top_k=2, top_p=0.56)[1] == 1  # of the two kept, the first has 4/7
+    assert shares(top_k=2, top_p=0.58)[3] > 0
+    for enough in (5, 99):
+        assert torch.equal(shares(top_k=enough), shares())
+
+
+# --- text ---
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    words = " ".join(random.Random(0).choices(WORDS, k=4000))
+    return Tokenizer.train([words], path, 320)
+
+
+@pytest.fixture
+def writes(monkeypatch, tokenizer):
+    """Lets `stream` give the tokens of chosen texts, one a step; returns stream_text's pieces."""
+    def pieces(texts, **options):
+        def tokens(model, prompts, count, *, ended, eos_id):
+            ids = [tokenizer.encode(text) for text in texts]
+            for step in range(max(map(len, ids)) + 1):
+                for i, left in enumerate(ids):
+                    if left is not None and (i in ended or step == len(left)):
+                        ids[i] = None
+                        yield i, None
+                    elif left is not None:
+                        yield i, left[step]
+        monkeypatch.setattr("llama_ext.generate.stream", tokens)
+        return list(stream_text(None, tokenizer, texts, 0, **options))
+    return pieces
+
+
+@pytest.mark.parametrize("text, stop, expected", [
+    ("print x y value", ["x y"], "print "),
+    ("print x x y value", ["x y"], "print x "),       # a beginning that leads nowhere
+    ("abababac done", ["ababac"], "ab"),              # one inside another
+    ("naïve \U0001f600\U0001f600 café", ["\U0001f600 "], "naïve \U0001f600"),
+    ("x y value", ["value", "x y", "y v"], ""),       # the first that is complete
+    ("x y value", [" y", "y", "x y"], ""),            # the longest of those complete at once
+    ("print x", ["x y"], "print x"),                  # held back, then shown
+    ("print x", ["print x"], ""), ("print x", [], "print x")])
+def test_text_ends_before_a_stop_text(writes, tokenizer, text, stop, expected):
+    pieces = writes([text], stop=stop)
+    assert pieces[-1] == (0, None) and None not in [piece for _, piece in pieces[:-1]]
+    assert "".join(piece for _, piece in pieces[:-1]) == expected
+    shown = ""
+    for _, piece in pieces[:-1]:  # and nothing was ever shown that had to be taken back
+        shown += piece
+        assert expected.startswith(shown)
+
+
+def test_texts_of_a_batch_come_as_they_are_written(writes):
+    pieces = writes(["print x y value", "a def return if else", "x"], stop=["return"])
+    joined = ["".join(piece for j, piece in pieces if i == j and piece) for i in range(3)]
+    assert joined == ["print x y value", "a def ", "x"]
+    order = [i for i, _ in pieces]
+    assert order != sorted(order) and sorted(i for i, piece in pieces if piece is None) == [0, 1, 2]
+    assert pieces.index((2, None)) < pieces.index((0, None))
+
+
+def test_generated_text_stops(tokenizer):
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(dim=32, n_layers=1, n_heads=2, vocab_size=320, max_seq_len=48))
+    with torch.no_grad():
+        model.output.weight.mul_(20)
+    prompts, options = ["x", "return self", "", "print"], {"seed": 1, "top_k": 40}
+    free = generate_text(model, tokenizer, prompts, 30, **options)
+    ids = generate(model, [tokenizer.encode(p, bos=True) for p in prompts], 30, eos_id=2, **options)
+    assert free == [tokenizer.decode(i) for i in ids]
+    stop = free[0][len(free[0]) // 2:][:3]
+    got = generate_text(model, tokenizer, prompts, 30, stop=[stop], **options)
+    assert got == [text.split(stop)[0] for text in free] and got[0] != free[0]
+    widths = []
+    hook = model.tok_embeddings.register_forward_hook(lambda _, x, y: widths.append(y.shape[1]))
+    assert generate_text(model, tokenizer, ["x"], 30, stop=[stop], **options) == got[:1]
+    hook.remove()
+    assert len(widths) < 30  # what has stopped costs nothing more
+    with pytest.raises(ValueError, match="stop: expected texts of at least one character, got ''"):
+        stream_text(model, tokenizer, ["x"], 4, stop=["a", ""])

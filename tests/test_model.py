@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from compare import check
+from llama_ext.layers import CacheRows
 from llama_ext.model import KVCache, Llama, LlamaConfig
 
 B, T = 3, 21
@@ -234,6 +235,42 @@ def test_cached_steps_equal_one_pass(config):
         check(last, exact_logits[:, 12:13], base[:, 12:13])
 
 
+@pytest.mark.parametrize("config", [SMALL, GQA], ids=["MHA", "GQA"])
+def test_rows_of_a_cache_grow_each_by_its_own_number_of_tokens(config):
+    """Every row has the logits of one pass over its tokens, whatever stands in the others."""
+    model, (tokens, _) = make(config), data()
+    cache = KVCache(config, 4, T + 2)
+    cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)
+    at, logits = [0, 0, 0], [[], [], []]
+    with torch.inference_mode():
+        base = model(tokens)
+        exact_logits = exact(to_hf(model), config)(tokens).logits
+        for counts in ({0: 9}, {0: 1, 1: 5, 2: 1}, {1: 1, 2: 3}, {0: 2, 2: 1}, {2: 2},
+                       {0: 1, 1: 7}):
+            rows = CacheRows([b + 1 for b in counts], [at[b] for b in counts],
+                             list(counts.values()), (4, T + 2))
+            packed = torch.cat([tokens[b, at[b]:at[b] + n] for b, n in counts.items()])[None]
+            last = model(packed, cache=cache, rows=rows, last_only=True)
+            got = model(packed, cache=cache, rows=rows)
+            check(last[0], got[0, rows.last].double(), got[0, rows.last])
+            assert cache.length == 0
+            for b, part in zip(counts, got[0].split(list(counts.values()))):
+                logits[b].append(part)
+                at[b] += len(part)
+    for b in range(3):
+        check(torch.cat(logits[b]), exact_logits[b, :at[b]], base[b, :at[b]])
+
+
+@pytest.mark.parametrize("rows, starts, counts, message", [
+    ([1, 0], [0, 0], [1, 1], r"rows: expected rising numbers from 0 to 1, got \[1, 0\]"),
+    ([0, 2], [0, 0], [1, 1], r"from 0 to 1, got \[0, 2\]"),
+    ([0, 1], [0, 3], [1, 2], r"the cache's 4 positions, got starts \[0, 3\], counts \[1, 2\]"),
+    ([0], [-1], [1], "starts >= 0"), ([0], [1], [0], "counts >= 1")])
+def test_rows_that_do_not_fit(rows, starts, counts, message):
+    with pytest.raises(ValueError, match=message):
+        CacheRows(rows, starts, counts, (2, 4))
+
+
 def test_cache_and_context_limits():
     model, (tokens, _) = make(), data()
     with pytest.raises(ValueError, match="max_len: expected 1 to max_seq_len = 32, got 33"):
@@ -279,8 +316,10 @@ def test_activation_checkpointing_changes_nothing():
     expected = loss_and_gradients(make(), tokens, targets)
     model, runs = make(), []
     for layer in model.layers:
-        layer.attention.register_forward_hook(lambda *_: runs.append(1))
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        def counted(*args, forward=layer.forward):
+            runs.append(1)
+            return forward(*args)
+        layer.forward = functools.partial(checkpoint, counted, use_reentrant=False)
     got = loss_and_gradients(model, tokens, targets)
     assert len(runs) == 2 * SMALL.n_layers  # each layer ran again in the backward pass
     assert all(torch.equal(g, e) for g, e in zip(got, expected))

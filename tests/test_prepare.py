@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from corpus import flip_bit, full_disk, write_texts
+from llama_ext import documents as documents_module
 from llama_ext import prepare as prepare_module
 from llama_ext.data import load_meta, verify
 from llama_ext.errors import LlamaExtError
@@ -92,7 +93,8 @@ def test_files_read_in_small_blocks_give_the_same(texts, data, tmp_path, monkeyp
         (tmp_path / f"{i}.txt").write_text("é\U0001f600 naïve\n" * (3 + i))
     shutil.copy(data / load_meta(data)["folder"] / "tokenizer.model", tmp_path / "t.model")
     inputs = sorted(tmp_path.glob("*.txt"))
-    monkeypatch.setattr(prepare_module, "_BLOCK", 7)
+    for module in (prepare_module, documents_module):
+        monkeypatch.setattr(module, "BLOCK", 7)
     monkeypatch.setattr(prepare_module, "_BATCH", 20)
     prepare(inputs, tmp_path / "out", tokenizer=tmp_path / "t.model", val_fraction=0,
             progress=False)
@@ -112,7 +114,7 @@ def test_what_is_not_text_is_skipped_and_counted(texts, tmp_path):
         (folder / name).write_text("not to be found\n" * 9)
     (folder / "loop").symlink_to(folder)
     meta = prepare([folder], folder / "out", **SMALL)
-    assert meta["skipped"] == {"not_text": 3, "empty": 1, "duplicate": 1}
+    assert meta["skipped"] == {"not_text": 3, "empty": 1, "duplicate": 1, "short": 0}
     assert meta["train"]["documents"] + meta["val"]["documents"] == 40
 
 
@@ -242,6 +244,6 @@ def test_bad_input_is_one_sentence(texts, tmp_path):
 
 
 def test_the_word_stdlib_is_this_pythons_library():
-    found = list(prepare_module._find(["stdlib"], (), prepare_module.Path("out")))
+    found = list(documents_module.find(["stdlib"], (), prepare_module.Path("out")))
     assert prepare_module.Path(json.__file__) in found and len(found) > 300
     assert not [path for path in found if "site-packages" in path.parts or "test" in path.parts]

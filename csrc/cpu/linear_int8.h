@@ -1,9 +1,9 @@
 // Products with int8 weights. Formula in csrc/api.h.
 //
-// Every output is a sum along K, in vectors, of kTileRows rows of x by kColumns rows of w at a time.
+// Every output is a sum along K, in vectors, kTileRows rows of x by kColumns rows of w at a time.
 // int8 is exact in bf16 and fp32, so that nothing is rounded before the store. Up to kTileRows rows
-// of x, weights go from memory into registers once. With more, a block of rows of w is first widened
-// into scratch that stays in L2, where all rows of x meet it.
+// of x, weights go from memory into registers once. With more, a block of rows of w is first
+// widened into scratch that stays in L2, where all rows of x meet it.
 #pragma once
 #include "tiles.h"
 

@@ -29,9 +29,9 @@ constexpr int kDepth = 64;  // of K that a warp works on at once: 16 for each of
 
 // y[m][n] = scale[n] * sum over k of x[m][k] * w[n][k].
 //
-// An mma multiplies A (16 rows of w) and B (8 rows of x). Along K it takes any order as long as both
-// have the same: lane l has the 16 neighbouring k from 16 (l % 4) of every 64, so that a load brings
-// 16 bytes of w for four mma, and two of x as many.
+// An mma multiplies A (16 rows of w) and B (8 rows of x). Along K it takes any order as long as
+// both have the same: lane l has the 16 neighbouring k from 16 (l % 4) of every 64, so that a load
+// brings 16 bytes of w for four mma, and two of x as many.
 //
 // Grid: x: blocks of kRows weight rows, y: blocks of 8 kColumns rows of x. Block: kSplit warps that
 // share the rows, each with every kSplit-th stretch of 64 k, times kBeside warps with rows of w of
@@ -45,11 +45,12 @@ __global__ void __launch_bounds__(32 * kSplit * kBeside)
     linear_int8_mma_kernel(T* __restrict__ y,            // (M, N)
                            const T* __restrict__ x,      // x_rows of K
                            Rows x_rows,
-                           const int8_t* __restrict__ w, // (N, K)
+                           const int8_t* __restrict__ w,  // (N, K)
                            int64_t w_stride,
-                           const float* __restrict__ scale, // (N)
+                           const float* __restrict__ scale,  // (N)
                            int M, int N, int K) {
-  constexpr int kWarpRows = 16 * kTall, kRows = kWarpRows * kBeside, kThreads = 32 * kSplit * kBeside;
+  constexpr int kWarpRows = 16 * kTall, kRows = kWarpRows * kBeside;
+  constexpr int kThreads = 32 * kSplit * kBeside;
   constexpr int kUnroll = kColumns == 1 ? 4 : 1;
   __shared__ float s_sums[kSplit][8][kRows + 4];  // + 4 spreads rows over banks
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -144,9 +145,9 @@ __global__ void __launch_bounds__(32 * kWarps)
     linear_int8_scalar_kernel(T* __restrict__ y,            // (M, N)
                               const T* __restrict__ x,      // x_rows of K
                               Rows x_rows,
-                              const int8_t* __restrict__ w, // (N, K)
+                              const int8_t* __restrict__ w,  // (N, K)
                               int64_t w_stride,
-                              const float* __restrict__ scale, // (N)
+                              const float* __restrict__ scale,  // (N)
                               int M, int N, int K) {
   using A = Acc<T>;
   const int n = blockIdx.x * kWarps + threadIdx.y, m0 = blockIdx.y * kScalarRows;

@@ -1,6 +1,6 @@
 """Faults of attention's backward: (name, file, text that occurs once, what replaces it)."""
 
-TESTS = ["tests/test_cuda_attention_bwd.py", "tests/test_cuda_attention_bwd_counts.py",
+TESTS = ["tests/test_cuda_attention_bwd.py", "tests/test_cuda_attention_counts.py",
          "tests/test_attention_nonfinite.py", "-k",
          "not machine_code and not definition_is"]
 

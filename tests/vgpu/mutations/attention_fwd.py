@@ -1,6 +1,7 @@
 """Faults of attention's forward: (name, file, text that occurs once, what replaces it)."""
 
-TESTS = ["tests/test_cuda_attention.py", "tests/test_attention_nonfinite.py", "-k",
+TESTS = ["tests/test_cuda_attention.py", "tests/test_attention_nonfinite.py",
+         "tests/test_cuda_attention_counts.py", "-k",
          "not machine_code and not 65536"]
 
 FWD, TILE, SHARED = "attention_fwd.cu", "attention_tile.cuh", "attention.cuh"
