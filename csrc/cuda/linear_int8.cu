@@ -33,7 +33,7 @@ constexpr int kDepth = 64;  // of K that a warp works on at once: 16 for each of
 // both have the same: lane l has the 16 neighbouring k from 16 (l % 4) of every 64, so that a load
 // brings 16 bytes of w for four mma, and two of x as many.
 //
-// Grid: x: blocks of kRows weight rows, y: blocks of 8 kColumns rows of x. Block: kSplit warps that
+// Grid: for each 8 kColumns rows of x a block for each kRows rows of w. Block: kSplit warps that
 // share the rows, each with every kSplit-th stretch of 64 k, times kBeside warps with rows of w of
 // their own, kTall blocks of 16 each. The warps' sums are added through shared memory, in the order
 // of the warps. Static shared memory: the sums of 8 rows of x.
@@ -42,10 +42,10 @@ constexpr int kDepth = 64;  // of K that a warp works on at once: 16 for each of
 // Loads in flight: kUnroll stretches of w.
 template <int kTall, int kColumns, int kSplit, int kBeside, class T>
 __global__ void __launch_bounds__(32 * kSplit * kBeside)
-    linear_int8_mma_kernel(T* __restrict__ y,            // (M, N)
-                           const T* __restrict__ x,      // x_rows of K
+    linear_int8_mma_kernel(T* __restrict__ y,                // (M, N)
+                           const T* __restrict__ x,          // x_rows of K
                            Rows x_rows,
-                           const int8_t* __restrict__ w,  // (N, K)
+                           const int8_t* __restrict__ w,     // (N, K), its rows w_stride apart
                            int64_t w_stride,
                            const float* __restrict__ scale,  // (N)
                            int M, int N, int K) {
@@ -55,9 +55,10 @@ __global__ void __launch_bounds__(32 * kSplit * kBeside)
   __shared__ float s_sums[kSplit][8][kRows + 4];  // + 4 spreads rows over banks
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int split = threadIdx.x / 32 % kSplit, beside = threadIdx.x / 32 / kSplit;
-  const int n0 = blockIdx.x * kRows, m0 = blockIdx.y * 8 * kColumns;
+  const int across = (N + kRows - 1) / kRows;
+  const int n0 = blockIdx.x % across * kRows, m0 = blockIdx.x / across * 8 * kColumns;
 
-  const int8_t* g_w[kTall][2];  // rows g and g + 8 of each block of 16; the last where there is none
+  const int8_t* g_w[kTall][2];  // rows g and g + 8 of each 16; the last where there are fewer
   for (int i = 0; i < kTall; i++)
     for (int half = 0; half < 2; half++) {
       const int n = min(n0 + beside * kWarpRows + i * 16 + half * 8 + g, N - 1);
@@ -137,20 +138,21 @@ constexpr int kWarps = 8, kScalarRows = 4;
 // The same, of any dtype and layout: a warp for each output and kScalarRows rows of x, its lanes
 // along K, kN weights at a time.
 //
-// Grid: x: blocks of kWarps outputs; y: blocks of kScalarRows rows of x. Block: 32 x kWarps threads.
+// Grid: for each kScalarRows rows of x a block for each kWarps outputs. Block: 32 x kWarps threads.
 // Preconditions of kN > 1: K, w_stride and w multiples of kN, x and its rows at multiples of 16
 // bytes.
 template <int kN, class T>
 __global__ void __launch_bounds__(32 * kWarps)
-    linear_int8_scalar_kernel(T* __restrict__ y,            // (M, N)
-                              const T* __restrict__ x,      // x_rows of K
+    linear_int8_scalar_kernel(T* __restrict__ y,                // (M, N)
+                              const T* __restrict__ x,          // x_rows of K
                               Rows x_rows,
-                              const int8_t* __restrict__ w,  // (N, K)
+                              const int8_t* __restrict__ w,     // (N, K), its rows w_stride apart
                               int64_t w_stride,
                               const float* __restrict__ scale,  // (N)
                               int M, int N, int K) {
   using A = Acc<T>;
-  const int n = blockIdx.x * kWarps + threadIdx.y, m0 = blockIdx.y * kScalarRows;
+  const int across = (N + kWarps - 1) / kWarps;
+  const int n = blockIdx.x % across * kWarps + threadIdx.y, m0 = blockIdx.x / across * kScalarRows;
   if (n >= N) return;  // a whole warp
   w += n * w_stride;
   const T* g_x[kScalarRows];  // the last where there are fewer
@@ -170,8 +172,6 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
 }
 
-constexpr int64_t kMostBlocks = 65535;  // of a grid's y
-
 }  // namespace
 
 Status linear_int8(void* y, const void* x, Rows x_rows, const int8_t* w, int64_t w_stride,
@@ -181,11 +181,11 @@ Status linear_int8(void* y, const void* x, Rows x_rows, const int8_t* w, int64_t
   return dispatch(dtype, [&](auto t) {
     using T = decltype(t);
     const auto launch = [&](auto kernel, dim3 block, int rows, int columns) {
-      const int64_t blocks = ceil_div(M, columns);
-      if (blocks > kMostBlocks) return kUnsupported;
-      kernel<<<dim3(unsigned(ceil_div(N, rows)), unsigned(blocks)), block, 0,
-               cudaStream_t(stream)>>>(static_cast<T*>(y), static_cast<const T*>(x), x_rows, w,
-                                       w_stride, scale, int(M), int(N), int(K));
+      const int64_t blocks = ceil_div(M, columns) * ceil_div(N, rows);
+      if (blocks > INT32_MAX) return kUnsupported;
+      kernel<<<unsigned(blocks), block, 0, cudaStream_t(stream)>>>(
+          static_cast<T*>(y), static_cast<const T*>(x), x_rows, w, w_stride, scale, int(M), int(N),
+          int(K));
       return launch_status();
     };
     const bool vectors = K % 16 == 0 && w_stride % 16 == 0 && aligned(w) && aligned<T>(x, x_rows);
