@@ -134,6 +134,20 @@ def linear_cross_entropy(rows, C, V):
     })
 
 
+def linear_int8(rows, K, N):
+    """Beside a linear layer with weights in the dtype of x, which reads twice as many bytes."""
+    def inputs(dtype):
+        weight = torch.randint(-127, 128, (N, K), dtype=torch.int8)
+        scale = torch.rand(N) / 100
+        return [torch.randn(rows, K).to(dtype), weight, scale,
+                (weight * scale[:, None]).to(dtype)]
+    return Case("linear_int8", f"{rows} x {K} -> {N}", inputs, {
+        "llama_ext": lambda x, weight, scale, _: lx.linear_int8(x, weight, scale),
+        "eager": lambda x, weight, scale, _: lx.ref.linear_int8(x, weight, scale),
+        "full weights": lambda x, _, scale, full: F.linear(x, full),
+    }, frozen=(2, 3))
+
+
 CASES = [
     rmsnorm(2048, 4096), rmsnorm(2048, 320), rmsnorm(8, 4096),
     rmsnorm_residual(2048, 4096), rmsnorm_residual(2048, 320),
@@ -143,4 +157,5 @@ CASES = [
     attention(1, 1024, 16, 128, Hkv=4),
     cross_entropy(1024, 32000), cross_entropy(2048, 4096),
     linear_cross_entropy(2048, 320, 4096), linear_cross_entropy(1024, 1024, 32000),
+    linear_int8(1, 4096, 4096), linear_int8(8, 4096, 4096), linear_int8(256, 1024, 2816),
 ]

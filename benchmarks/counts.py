@@ -108,12 +108,21 @@ def _cross_entropy(backward, V, rows):
     return Case("cross_entropy", "backward" if backward else "forward", f"{rows} x {V}", prepare)
 
 
+def _linear_int8(rows, N=2048):
+    def prepare():
+        w, scale = torch.randint(-127, 128, (N, C), dtype=torch.int8), torch.rand(N)
+        x = _rand(rows, C)
+        return _moves(lambda: _kernel("linear_int8")(x, w, scale), x, w, scale, _rand(rows, N))
+    return Case("linear_int8", "forward", f"{rows} x {C} -> {N}", prepare)
+
+
 CASES = [
     *(_rmsnorm(residual, backward) for residual in (False, True) for backward in (False, True)),
     *(_swiglu(halves, backward) for halves in (False, True) for backward in (False, True)),
     _rope(True, 1), _rope(False, 1), _rope(True, 4), _rope(True, 1, inverse=True),
     *(_cross_entropy(backward, V, rows) for V, rows in ((32000, 256), (262144, 32), (32001, 256))
       for backward in (False, True)),
+    _linear_int8(1), _linear_int8(8),
 ]
 
 

@@ -33,6 +33,7 @@ from . import ranks
 from .errors import LlamaExtError
 from .files import fsync_folder, seal, unseal
 from .model import Llama, LlamaConfig
+from .quantize import Int8Linear, quantize, quantize_
 from .tokenizer import Tokenizer
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -165,10 +166,10 @@ def load(path, model, optimizer):
     """
     path = Path(path)
     stored = _shapes(path, _WHOLE)
-    tensors = {**_weights(path, model, stored), "rng/cpu": torch.get_rng_state()}
+    parameters, slots = dict(model.named_parameters()), {}
+    tensors = {**_fitting(path, parameters, stored), "rng/cpu": torch.get_rng_state()}
     if "rng/cuda" in stored and _is_on_cuda(model):
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    parameters, slots = dict(model.named_parameters()), {}
     for key, shape in stored.items():
         kind, _, rest = key.partition("/")
         if kind == "optimizer":
@@ -185,11 +186,13 @@ def load(path, model, optimizer):
         torch.cuda.set_rng_state(tensors["rng/cuda"])
 
 
-def load_model(path, device=None, dtype=None, before=None):
+def load_model(path, device=None, dtype=None, before=None, int8=False):
     """(model, tokenizer) of the checkpoint folder `path`, for generation, on `device` (None: the
     CPU) and in `dtype` (None: fp32). before: called with both before the weights are read, the
     model still on the meta device; what it raises ends the loading.
 
+    int8: linear layers become Int8Linear, quantised one by one as they are read, so that no more
+    than one is ever held in full. A checkpoint that was saved quantised is loaded as it is.
     Raises LlamaExtError naming the file that is missing or damaged.
     """
     path = Path(path)
@@ -197,16 +200,40 @@ def load_model(path, device=None, dtype=None, before=None):
     if fault := _fault(path, None if (path / _SHARDS).is_dir() else names):
         raise LlamaExtError(fault)
     config = LlamaConfig.from_dict(json.loads((path / "config.json").read_bytes()))
+    stored = _shapes(path, _WHOLE[:1])
+    quantized = any(key.endswith(".scale") for key in stored)
+
+    def weights():  # what is stored of the model, or to be
+        return {name: t for name, t in model.state_dict().items()
+                if quantized or not name.endswith(".scale")}
+
     with torch.device("meta"):
         model = Llama(config, dtype=dtype)
+        if int8 or quantized:
+            quantize_(model)
     tokenizer = Tokenizer(path / "tokenizer.model")
     if before is not None:
         before(model, tokenizer)
-    stored = _shapes(path, _WHOLE[:1])
-    _weights(path, model, stored)  # for the error
+    _fitting(path, weights(), stored)
     model.to_empty(device=device or "cpu")
-    _read(path, _weights(path, model, stored))
+    tensors = _fitting(path, weights(), stored)
+    if int8 and not quantized:
+        for name, layer in model.named_modules():
+            if isinstance(layer, Int8Linear):
+                key = f"model/{name}.weight"
+                del tensors[key]
+                _read_and_quantize(path, key, layer)
+    _read(path, tensors)
     return model, tokenizer
+
+
+def _read_and_quantize(path, key, layer):
+    weight = torch.empty(layer.weight.shape, device=layer.weight.device)
+    _read(path, {key: weight})
+    try:
+        layer.weight, layer.scale = quantize(weight)
+    except ValueError as error:
+        raise LlamaExtError(f"{path}: {key.removeprefix('model/')}: {error}") from error
 
 
 def shapes(path):
@@ -221,9 +248,9 @@ def read(path, weights):
     _read(Path(path), {f"model/{name}": tensor for name, tensor in weights.items()})
 
 
-def _weights(path, model, stored):
-    """{"model/<name>": parameter}. Raises LlamaExtError unless those are what is stored."""
-    weights = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+def _fitting(path, tensors, stored):
+    """{"model/<name>": tensor}. Raises LlamaExtError unless those are what is stored."""
+    weights = {f"model/{name}": t.detach() for name, t in tensors.items()}
     for key in sorted(weights.keys() | {key for key in stored if key.startswith("model/")}):
         expected = tuple(weights[key].shape) if key in weights else "nothing"
         if expected != stored.get(key, "nothing"):

@@ -153,6 +153,8 @@ def _device_options(parser):
                         help="auto: a GPU where there is one (default: %(default)s)")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"],
                         help="of weights and cache (default: %(default)s)")
+    parser.add_argument("--int8", action="store_true", help="keep the weights of linear layers in "
+                        "int8, quantised one by one as they are read: half the memory of bf16")
 
 
 def _device_and_dtype(options):
@@ -202,7 +204,8 @@ def _run_generate(options):
     from . import checkpoint, footprint
     from .generate import stream_text
 
-    run, file, jsonl, plan = map(options.pop, ("run", "prompts_file", "jsonl", "plan"))
+    run, file, jsonl, plan, int8 = map(options.pop,
+                                       ("run", "prompts_file", "jsonl", "plan", "int8"))
     device, dtype = _device_and_dtype(options)
     prompts = _read_prompts(options.pop("prompt"), file)
 
@@ -218,7 +221,8 @@ def _run_generate(options):
         if plan:
             raise SystemExit(0)
 
-    model, tokenizer = checkpoint.load_model(checkpoint.find(run), device, dtype, before)
+    model, tokenizer = checkpoint.load_model(checkpoint.find(run), device, dtype, before,
+                                             int8)
     pieces = stream_text(model, tokenizer, prompts, **options)
     sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every character
     for i, (prompt, texts) in enumerate(zip(prompts, _in_order(pieces, len(prompts)))):

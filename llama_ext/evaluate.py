@@ -206,9 +206,10 @@ def _task_manager(with_lm_evals):
     return TaskManager(include_defaults=with_lm_evals)  # reads thousands of files if so
 
 
-def report(run, tasks, out=None, device=None, dtype=None, **options):
+def report(run, tasks, out=None, device=None, dtype=None, int8=False, **options):
     """`evaluate` the checkpoint meant by the path `run`, print its table, and write all it found to
-    the file `out` as JSON. device, dtype: as in checkpoint.load_model().
+    the file `out` as JSON. device, dtype, int8: as in
+    checkpoint.load_model().
 
     Raises LlamaExtError before it begins when `out` exists or its folder does not.
     """
@@ -218,7 +219,7 @@ def report(run, tasks, out=None, device=None, dtype=None, **options):
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it comments on what is as it should be
     path = checkpoint.find(run)
     tasks = load_tasks(tasks)
-    model, tokenizer = checkpoint.load_model(path, device, dtype)
+    model, tokenizer = checkpoint.load_model(path, device, dtype, int8=int8)
     results = evaluate(model, tokenizer, tasks, **options)
     if out is not None:
         text = json.dumps(results, indent=1, default=handle_non_serializable)

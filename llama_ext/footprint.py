@@ -28,8 +28,9 @@ def footprint(model, dtype, prompt_lengths, max_new_tokens, batch_size):
     kv_dim = config.n_kv_heads * (config.dim // config.n_heads)
     parameters = sum(p.numel() * (item if p.is_floating_point() else p.itemsize)
                      for p in model.parameters())
-    tables = sum(buffer.nbytes for name, buffer in model.named_buffers()
-                 if name.endswith(("rotary.cos", "rotary.sin")))
+    # Tables of the rotary embedding, and int8 weights.
+    buffers = sum(buffer.nbytes for name, buffer in model.named_buffers()
+                  if name.endswith(("rotary.cos", "rotary.sin", ".weight", ".scale")))
     # Per token: the stream before and behind both additions (4 C), then gate, up and their product,
     # or queries and keys before and behind rotation, values, and the output; log-sum-exp, positions
     # and the rotation's angles (fp32) too. A product of 16-bit matrices on a CPU may keep its sums
@@ -41,7 +42,7 @@ def footprint(model, dtype, prompt_lengths, max_new_tokens, batch_size):
              + 4 * (config.dim // config.n_heads) + 32)
     # Per logit: itself, and what sample() makes of it, sorting included.
     sampling = rows * config.vocab_size * (item + 48) + 3 * tokens * config.dim * item
-    return {"weights": parameters + tables,
+    return {"weights": parameters + buffers,
             "cache": 2 * config.n_layers * rows * length * kv_dim * item,
             "workspace": max(tokens * layer, sampling)}
 

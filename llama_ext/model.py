@@ -13,6 +13,7 @@ from torch import nn
 from .block import fused_block, why_composed
 from .layers import CausalSelfAttention, FeedForward, RMSNorm, RotaryEmbedding
 from .ops import linear_cross_entropy
+from .quantize import Int8Linear
 from .rope_scaling import check_rope_scaling
 
 _PRESETS = {
@@ -214,12 +215,18 @@ class Llama(nn.Module):
         if cache is not None and rows is None:
             cache.length = end
         h, _ = self.norm(x, residual)  # (B, T, C)
-        weight = (self.tok_embeddings if self.output is None else self.output).weight
         if targets is not None:
-            return self.loss(h, weight, targets)
+            return self.loss(h, self._output_weight(h.dtype), targets)
         if last_only:
             h = h[:, -1:] if rows is None else h[:, rows.last]
-        return F.linear(h, weight)
+        if isinstance(self.output, Int8Linear):
+            return self.output(h)
+        return F.linear(h, self._output_weight(h.dtype))
+
+    def _output_weight(self, dtype):
+        if isinstance(self.output, Int8Linear):
+            return self.output.dequantize(dtype)
+        return (self.tok_embeddings if self.output is None else self.output).weight
 
     def _embed(self, tokens):
         try:

@@ -126,6 +126,11 @@ def cross_entropy(logits, target, ignore_index=-100, *, reduction="mean", label_
     return loss.sum() / keep.sum() if reduction == "mean" else loss.sum()
 
 
+def linear_int8(x, weight, scale):
+    """x @ (scale[:, None] * weight).T; x (..., K), weight int8 (N, K), scale (N,) -> (..., N)."""
+    return x @ (weight * scale[:, None].to(_acc(x))).to(x.dtype).t()
+
+
 def linear_cross_entropy(hidden, weight, target, ignore_index=-100, **options):
     """cross_entropy(hidden @ weight.T, ...); hidden (..., C), weight (V, C), target (...)."""
     return cross_entropy(hidden @ weight.t(), target, ignore_index, **options)

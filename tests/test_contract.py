@@ -20,7 +20,7 @@ def heads(n, dtype):
     return randn(B, T, n, D, dtype=dtype)
 
 
-# op -> inputs at a dtype; the floating ones require gradients, but for rope's tables
+# op -> inputs at a dtype; the floating ones require gradients, but for constants
 INPUTS = {
     "rmsnorm": lambda dtype: (randn(B, T, C, dtype=dtype), randn(C, dtype=dtype)),
     "rmsnorm_residual": lambda dtype: (randn(B, T, C, dtype=dtype), randn(B, T, C, dtype=dtype),
@@ -31,13 +31,17 @@ INPUTS = {
     "cross_entropy": lambda dtype: (randn(B, T, V, dtype=dtype), torch.randint(V, (B, T))),
     "linear_cross_entropy": lambda dtype: (randn(B, T, C, dtype=dtype), randn(V, C, dtype=dtype),
                                            torch.randint(V, (B, T))),
+    "linear_int8": lambda dtype: (randn(B, T, C, dtype=dtype),
+                                  torch.randint(-128, 128, (V, C), dtype=torch.int8),
+                                  torch.rand(V) / 100),
 }
+CONSTANTS = {"rope": (1, 2), "linear_int8": (2,)}  # tables, scales
 every_op = pytest.mark.parametrize("op", INPUTS)
 
 
 def differentiable(op, args):
     return [i for i, a in enumerate(args)
-            if a.is_floating_point() and not (op == "rope" and i > 0)]
+            if a.is_floating_point() and i not in CONSTANTS.get(op, ())]
 
 
 def leaves(op, args, frozen=()):
@@ -82,7 +86,7 @@ def test_autocast(op):
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = fn(*args)
     out = out if isinstance(out, tuple) else (out,)
-    lowered = op == "attention"
+    lowered = op in ("attention", "linear_int8")
     for o in out:
         assert o.dtype == (torch.bfloat16 if lowered else torch.float32)
     total(out).backward()

@@ -33,11 +33,13 @@ every_case = pytest.mark.parametrize("case", counts.CASES,
 def test_traffic(case):
     got = counts.count(case)
     assert got.bytes <= (1.02 if case.direction == "forward" else 1.05)
-    # Every row of rmsnorm asks for the weight, in the backward twice.
-    assert got.asked <= (1.75 if case.op.startswith("rmsnorm") else 1.15)
+    # Every row of rmsnorm asks for the weight, in the backward twice; every 16 outputs of
+    # linear_int8 for x, half a sector at a time.
+    int8 = case.op == "linear_int8"
+    assert got.asked <= (2 if int8 else 1.75 if case.op.startswith("rmsnorm") else 1.15)
     # Rows of odd width begin within a sector: a request of 512 bytes then touches 17, not 16.
-    assert got.sectors <= (1.04 if case.shape.endswith("32001") else 1.02)
-    assert got.shared is None or got.shared <= 1.01
+    assert got.sectors <= (1.5 if int8 else 1.04 if case.shape.endswith("32001") else 1.02)
+    assert got.shared is None or got.shared <= (1.5 if int8 else 1.01)  # int8: sums, at the end
     assert got.per_kib < 250
 
 

@@ -94,3 +94,25 @@ def test_first_and_last_row(edges, op):
                                                  of_definition(lambda t: t))):
         assert result.dtype == base.dtype
         compare.check(result, true, base, what=f"output or gradient {k}")
+
+
+def test_linear_int8_of_many_rows_of_x_and_of_weights(edges):
+    """Forward: blocks of 64 rows of x, and of 16 of weights."""
+    weight, scale = torch.randint(-128, 128, (WIDTH, WIDTH), dtype=torch.int8), torch.rand(WIDTH)
+    x = torch.empty(ROWS, WIDTH, dtype=BF16)
+    x[:64], x[-64:] = randn(2, 64, WIDTH, dtype=BF16)
+    with edges(1 / 30_000), torch.no_grad():  # 16 blocks have all outputs of 64 rows
+        y = lx.linear_int8(x, weight, scale)
+    for some in (slice(0, 64), slice(-8, None)):
+        compare.check(y[some], lx.ref.linear_int8(x[some].double(), weight, scale),
+                      lx.ref.linear_int8(x[some], weight, scale))
+    del x, y
+
+    x, scale = randn(1, WIDTH, dtype=BF16), torch.rand(ROWS)
+    weight = torch.empty(ROWS, WIDTH, dtype=torch.int8)
+    weight[:16], weight[-16:] = torch.randint(-128, 128, (2, 16, WIDTH), dtype=torch.int8)
+    with edges(1 / ROWS), torch.no_grad():
+        y = lx.linear_int8(x, weight, scale)
+    for some in (slice(0, 16), slice(-8, None)):
+        compare.check(y[:, some], lx.ref.linear_int8(x.double(), weight[some], scale[some]),
+                      lx.ref.linear_int8(x, weight[some], scale[some]))

@@ -45,12 +45,22 @@ def linear_cross_entropy():
             (randn(40, 64, dtype=bf16), randn(203, 64, dtype=bf16), torch.randint(203, (40,))), {})
 
 
+def linear_int8(rows):
+    def case():
+        weight, scale = torch.randint(-128, 128, (70, 1040), dtype=torch.int8), torch.rand(70)
+        return (lambda x: lx.linear_int8(x, weight, scale),
+                (randn(rows, 1040, dtype=bf16),), {})
+    return case
+
+
 CASES = {
     "rmsnorm_residual": rmsnorm_residual,
     "swiglu": lambda: (lx.swiglu, (randn(60, 1000, dtype=bf16), randn(60, 1000, dtype=bf16)), {}),
     "rope_qk": rope_qk,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
+    "linear_int8, one row": linear_int8(1),
+    "linear_int8, many rows": linear_int8(70),
     "attention, D 64": attention_case(257, 257, 4, 2, 64, bf16),
     "attention, D 128": attention_case(200, 257, 4, 2, 128, torch.float16),
     "attention, D 256, window": attention_case(129, 129, 2, 1, 256, bf16, window=70),

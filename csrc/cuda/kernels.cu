@@ -44,6 +44,7 @@ extern "C" __attribute__((visibility("default"))) const Kernels* lx_cuda_kernels
     k.attention_fwd = lx::attention_fwd;
     k.attention_fwd_parts = lx::attention_fwd_parts;
     k.attention_bwd = lx::attention_bwd;
+    k.linear_int8 = lx::linear_int8;
     return k;
   }();
   return &table;

@@ -37,4 +37,7 @@ Status cross_entropy_bwd(void* dlogits, const void* logits, Rows logits_rows, co
                          int64_t ignore_index, double label_smoothing, double z_loss, DType dtype,
                          Stream stream);
 
+Status linear_int8(void* y, const void* x, Rows x_rows, const int8_t* w, int64_t w_stride,
+                   const float* scale, int64_t N, int64_t K, DType dtype, Stream stream);
+
 }  // namespace lx

@@ -20,6 +20,7 @@ const char* dtype_text(ScalarType dtype) {
     case ScalarType::Double: return "float64";
     case ScalarType::Long: return "int64";
     case ScalarType::Int: return "int32";
+    case ScalarType::Char: return "int8";
     case ScalarType::Bool: return "bool";
     default: return "another dtype";
   }
