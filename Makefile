@@ -11,7 +11,8 @@ bin := .venv/bin
 data := out/data
 run := out/run
 vgpu_tests := $(patsubst %,tests/test_%.py,rmsnorm swiglu rope attention attention_nonfinite \
-  cross_entropy linear_cross_entropy contract registration layers trained_activations) \
+  cross_entropy linear_cross_entropy linear_int8 contract registration layers \
+  trained_activations) \
   $(wildcard tests/test_cuda_*)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
