@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(32 * kSplit * kBeside)
                            int M, int N, int K) {
   constexpr int kWarpRows = 16 * kTall, kRows = kWarpRows * kBeside;
   constexpr int kThreads = 32 * kSplit * kBeside;
-  constexpr int kUnroll = kColumns == 1 ? 4 : 1;
+  constexpr int kUnroll = kColumns == 1 ? 4 : kColumns == 4 ? 2 : 1;
   __shared__ float s_sums[kSplit][8][kRows + 4];  // + 4 spreads rows over banks
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int split = threadIdx.x / 32 % kSplit, beside = threadIdx.x / 32 / kSplit;
