@@ -250,8 +250,7 @@ def test_scale(scale, dtype, D):
     check(q, k, v, dlse=True, scale=scale, **({"causal": False} if scale == 0.01 else {}))
 
 
-@pytest.mark.parametrize("D, dtype", [(64, torch.bfloat16), (128, torch.float16),
-                                      (24, torch.float32)])
+@pytest.mark.parametrize("D, dtype", [(64, torch.bfloat16), (128, torch.float16)])
 @every_mask
 def test_very_negative_lse_around_the_tiles(mask, D, dtype):
     """exp of anything but a difference overflows; of rows beyond the end too."""
