@@ -52,7 +52,8 @@ def test_the_sdist_builds_a_wheel_for_every_python_and_torch(sources, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
         names = archive.namelist()
-    modules = [str(path.relative_to(ROOT)) for path in ROOT.glob("llama_ext/**/*.py")]
+    modules = [str(path.relative_to(ROOT)) for pattern in ("**/*.py", "mixtures/*.json")
+               for path in ROOT.glob(f"llama_ext/{pattern}")]
     libraries = {"llama_ext/_C.so"}
     if subprocess.run([sys.executable, ROOT / "csrc/cuda/nvcc.py"]).returncode == 0:
         libraries.add("llama_ext/libllama_ext_cuda.so")
