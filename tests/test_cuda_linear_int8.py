@@ -52,6 +52,16 @@ def test_one_misaligned_operand(dtype, which):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_odd_lengths_in_aligned_rows(dtype):
+    """What lies between the rows, at addresses that vectors could read, is not looked at."""
+    pad = torch.nn.functional.pad
+    for rows in (3, 40):
+        x, (weight, scale) = randn(rows, 72, dtype=dtype), weights(19, 72)
+        check(pad(x, (0, 8), value=float("nan"))[:, :72], pad(weight, (0, 8), value=1)[:, :72],
+              scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_each_weight_meets_its_own_input(dtype):
     """One product that is not 0 at a time: every place along K."""
     K = 192
