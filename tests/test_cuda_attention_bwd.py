@@ -260,6 +260,15 @@ def test_very_negative_lse_around_the_tiles(mask, D, dtype):
         check(q, k, randn(1, T, 2, D, dtype=dtype), **MASKS[mask])
 
 
+@every_mask
+def test_very_negative_lse_of_plain_arithmetic(mask):
+    """exp(-lse) is infinite, and so would be the weight of a key beyond the end, whose score is 0."""
+    for T in (61, 66):
+        q, k = (13 + randn(1, T, 2, 24, dtype=torch.float64, mean=0, scale=0.1) for _ in range(2))
+        assert lx.ref.attention(q, -k, k, return_lse=True, **MASKS[mask])[1].max() < -710
+        check(q, -k, randn(1, T, 2, 24, dtype=torch.float64), **MASKS[mask])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_queries_that_see_nothing(dtype):
     for D in (64, 128, 8):
