@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import checkpoint
 from .errors import LlamaExtError
+from .files import read_json
 from .model import Llama, LlamaConfig
 
 Entry = collections.namedtuple("Entry", "shape dtype read")  # read() -> the tensor
@@ -86,7 +87,7 @@ def open_weights(path):
         raise LlamaExtError(f"{path}: expected a folder with a model, got none")
     if (path / "params.json").is_file():
         weights = _open_meta(path)
-    elif {"model_type", "architectures"} & set(_json(path / "config.json", missing={})):
+    elif {"model_type", "architectures"} & set(read_json(path / "config.json", missing={})):
         weights = _open_hf(path)
     else:
         weights = _open_ours(path)
@@ -115,22 +116,6 @@ def _check(weights):
     if extra := weights.tensors.keys() - expected.keys():
         raise LlamaExtError(f"{path}: expected the tensors of a LLaMA, also got {listed(extra)}")
     weights.tensors = {name: weights.tensors[name] for name in expected}  # one order for all
-
-
-def _json(file, missing=None):
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        if missing is not None:
-            return missing
-        raise LlamaExtError(f"{file} cannot be read: {error.strerror}") from None
-    except OSError as error:
-        raise LlamaExtError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise LlamaExtError(f"{file}: expected JSON, got {error}") from None
-    if not isinstance(content, dict):
-        raise LlamaExtError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _config(file, fields):
@@ -180,7 +165,7 @@ def _open_ours(path):
     step = checkpoint.find(path)
     checkpoint.read_state(step)
     file = step / "config.json"
-    config = _config(file, _json(file))
+    config = _config(file, read_json(file))
     if (step / "model.safetensors").is_file():
         tensors = _safetensors(step / "model.safetensors")
     else:  # the shards of several processes
@@ -223,7 +208,7 @@ def _hf_entries(path):
         index = path / f"{single}.index.json"
         if not index.is_file():
             continue
-        where = _json(index).get("weight_map")
+        where = read_json(index).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
             raise LlamaExtError(f"{index}: expected a weight_map of names to files")
         parts = {file: load(path / Path(file).name) for file in sorted(set(where.values()))}
@@ -241,7 +226,7 @@ def hf_config(file):
 
     Raises LlamaExtError for what is not a LLaMA of ours: another architecture, activation, biases.
     """
-    theirs = _json(file)
+    theirs = read_json(file)
     for name, wanted in (("architectures", (None, ["LlamaForCausalLM"])),
                          ("model_type", ("llama",)), ("hidden_act", (None, "silu")),
                          ("attention_bias", (None, False)), ("mlp_bias", (None, False))):
@@ -301,7 +286,7 @@ def _open_meta(path):
             raise LlamaExtError(f"{file}: expected the same tensors as {parts[0][0].name}, "
                                 f"but {sorted(different)[0]} is only in one of them")
     file = path / "params.json"
-    params = _json(file)
+    params = read_json(file)
     if not isinstance(params.get("dim"), int):
         raise LlamaExtError(f"{file}: dim: expected an int, got {params.get('dim')!r}")
     tensors = {name: _joined(file, name, [e[name] for _, e in parts], params["dim"])
@@ -311,7 +296,10 @@ def _open_meta(path):
     config = _meta_config(file, params, tensors, tied=len(set(first.values())) == 1)
     if config.tie_embeddings:
         tensors.pop("output.weight", None)
-    return Weights(path, "meta", config, tensors, path)
+    # Llama 1 and 2 came with one tokenizer.model for all sizes, in the folder above.
+    above = (path.absolute().parent / "tokenizer.model").is_file()
+    own = (path / "tokenizer.model").is_file() or not above
+    return Weights(path, "meta", config, tensors, path if own else path.absolute().parent)
 
 
 def _joined(file, name, parts, dim):
