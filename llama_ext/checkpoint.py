@@ -35,7 +35,7 @@ from .errors import LlamaExtError
 from .files import fsync_folder, seal, unseal
 from .model import Llama, LlamaConfig
 from .quantize import Int8Linear, quantize, quantize_
-from .release_tokenizers import load_tokenizer
+from .release_tokenizers import check_fits, load_tokenizer
 
 _STEP = re.compile(r"step-(\d{8,})")
 _TEMP = ".tmp-"
@@ -213,9 +213,7 @@ def load_model(path, device=None, dtype=None, before=None, int8=False):
         if int8 or quantized:
             quantize_(model)
     tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise LlamaExtError(f"{path}: expected a tokenizer of at most vocab_size = "
-                            f"{config.vocab_size} ids, got one of {tokenizer.vocab_size}")
+    check_fits(path, tokenizer, config.vocab_size)
     if before is not None:
         before(model, tokenizer)
     _fitting(path, weights(), stored)

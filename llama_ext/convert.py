@@ -19,7 +19,7 @@ from .errors import LlamaExtError
 from .files import fsync_folder, seal
 from .formats import (FLOATS, hf_name, is_rotated, open_weights, to_half, to_hf_config,
                       to_meta_params)
-from .release_tokenizers import FILES, load_tokenizer
+from .release_tokenizers import FILES, check_fits, load_tokenizer
 
 FORMATS = ("hf", "meta", "ours")
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -118,9 +118,7 @@ def _tokenizer(weights, to):
         tokenizer = load_tokenizer(folder)
     except LlamaExtError as error:
         return files.values(), {}, {}, f"generate cannot use the tokenizer: {error}"
-    if tokenizer.vocab_size > weights.config.vocab_size:
-        raise LlamaExtError(f"{folder}: expected a tokenizer of at most vocab_size = "
-                            f"{weights.config.vocab_size} ids, got one of {tokenizer.vocab_size}")
+    check_fits(folder, tokenizer, weights.config.vocab_size)
     eos = list(tokenizer.eos_ids)
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos if eos[1:] else eos[0]}
     beside = {"generation_config.json": special, **(tokenizer.hf_files() if to == "hf" else {})}

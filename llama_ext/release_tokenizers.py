@@ -59,6 +59,14 @@ def load_tokenizer(folder):
         return SentencePieceTokenizer(folder)
 
 
+def check_fits(folder, tokenizer, vocab_size):
+    """Raises LlamaExtError when the tokenizer from `folder` has ids that a model with `vocab_size`
+    embeddings lacks."""
+    if tokenizer.vocab_size > vocab_size:
+        raise LlamaExtError(f"{folder}: tokenizer: expected at most vocab_size = {vocab_size} "
+                            f"pieces, got {tokenizer.vocab_size}")
+
+
 class SentencePieceTokenizer(BaseTokenizer):
     """That of Llama 1 and 2: what SentencePiece makes of FOLDER/tokenizer.model, with a space
     before a text where the model says so.

@@ -239,12 +239,12 @@ def test_tokenizer_travels_and_the_result_generates(tokenizer, tmp_path, capsys)
 def test_what_generation_lacks_is_said(tmp_path, capsys):
     lx.hf.save(ours(CONFIGS["llama 1"]), tmp_path / "hf")
     assert cli.main(["convert", str(tmp_path / "hf"), str(tmp_path / "a"), "--to", "ours"]) == 0
-    assert "note: generate needs tokenizer.model" in capsys.readouterr().out
-    (tmp_path / "hf" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # as Llama 3's
-    assert "another kind" in convert(tmp_path / "hf", tmp_path / "b", "ours")
-    assert not (tmp_path / "b" / "tokenizer.model").exists()
-    assert "another kind" in convert(tmp_path / "hf", tmp_path / "c", "hf")
-    assert (tmp_path / "c" / "tokenizer.model").exists()
+    assert "note: generate needs tokenizer.model or tokenizer.json" in capsys.readouterr().out
+    (tmp_path / "hf" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # Llama 3's, damaged
+    for to in convert_module.FORMATS:
+        lacks = convert(tmp_path / "hf", tmp_path / f"to-{to}", to)
+        assert "generate cannot use the tokenizer: " in lacks and "a token for every byte" in lacks
+        assert (tmp_path / f"to-{to}" / "tokenizer.model").read_text() == "IQ== 0\nIg== 1\n"
 
 
 def test_a_runs_newest_checkpoint_converts(tokenizer, tmp_path, capsys):
