@@ -27,8 +27,9 @@ def generate(model, prompt_ids, max_new_tokens, *, batch_size=16, **options):
     vocab_size: draw from the first so many ids (None: all), for a model wider than its tokenizer. A
     continuation ends before eos_id (an id, or several of which any ends it), after max_new_tokens,
     or when prompt and new tokens fill the model's max_seq_len. Prompt number i draws as if
-    generated alone with seed + i; seed None takes one from torch's global generator. At most batch_size prompts are at work at a time; together
-    they get what each gets alone, but for what another batch's matrix products round otherwise.
+    generated alone with seed + i; seed None takes one from torch's global generator. At most
+    batch_size prompts are at work at a time; together they get what each gets alone, but for what
+    another batch's matrix products round otherwise.
     Raises ValueError for an empty or too long prompt, ids outside the vocabulary, a batch_size or
     top_k < 1, temperature < 0, top_p outside (0, 1], and logits that are not finite.
     """

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from .errors import LlamaExtError
 from .files import read_json
-from .tokenizer import (BaseTokenizer, Tokenizer, check_text, parse_model, piece_bytes,
-                        read_model, sentencepiece_hf_files)
+from .tokenizer import (BaseTokenizer, Tokenizer, check_text, control_pieces, parse_model,
+                        piece_bytes, read_model, sentencepiece_hf_files)
 
 # Files that belong to a tokenizer, and travel with it. The last is generation's ids of bos and eos.
 FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -83,7 +83,8 @@ class SentencePieceTokenizer(BaseTokenizer):
         self._prefix = self._sp.encode("a", out_type=str)[0].startswith("\u2581")
         special, pieces = _Special(folder), piece_bytes(self._sp)
         self._begins_with_bos = special.add_bos is not False and self._sp.bos_id() >= 0
-        self._has(pieces, *special.ids(file, len(pieces), self._sp.bos_id(), self._sp.eos_id()))
+        self._has(pieces, control_pieces(self._sp),
+                  *special.ids(file, len(pieces), self._sp.bos_id(), self._sp.eos_id()))
 
     def encode_batch(self, texts, num_threads=1):
         texts = [check_text("encode", text) for text in texts]
@@ -108,28 +109,28 @@ class JsonTokenizer(BaseTokenizer):
     def __init__(self, folder):
         file = folder / "tokenizer.json"
         spec = read_json(file)
-        pieces = self._read(file, spec)
+        pieces, names = self._read(file, spec)
         special = _Special(folder)
         own = [token and self._main.token_to_id(token)
                for token in (special.bos_token, special.eos_token)]
-        self._has(pieces, *special.ids(file, len(pieces), *own))
+        self._has(pieces, names, *special.ids(file, len(pieces), *own))
         self._begins_with_bos = (self._main.encode("").ids[:1] == [self.bos_id]
                                  if special.add_bos is None else special.add_bos)
 
     def _read(self, file, spec):
-        """Sets what encodes; returns the bytes of each id."""
+        """Sets what encodes; returns the bytes of each id, and the special tokens' ids by text."""
         self._main = self._after = _from_spec(file, spec)
         other = {part: _without_prefix(spec.get(part)) for part in ("normalizer", "pre_tokenizer")}
         if any(spec.get(part) != without for part, without in other.items()):
             self._after = _from_spec(file, {**spec, **other})
         to_bytes, self._prefix = _decoder(file, spec.get("decoder"))
         vocabulary = self._main.get_vocab(with_added_tokens=True)
-        special = self._main.get_added_tokens_decoder()
+        special = {token.content: i for i, token in self._main.get_added_tokens_decoder().items()
+                   if token.special}
         pieces = [b""] * (max(vocabulary.values()) + 1)
         for token, i in vocabulary.items():
-            if i not in special or not special[i].special:
-                pieces[i] = to_bytes(token)
-        return pieces
+            pieces[i] = b"" if token in special else to_bytes(token)
+        return pieces, special
 
     def encode_batch(self, texts, num_threads=1):
         return [self._main.encode(check_text("encode", text), add_special_tokens=False).ids
@@ -156,8 +157,8 @@ class RankTokenizer(JsonTokenizer):
     def __init__(self, folder):
         file = folder / "tokenizer.model"
         self._spec = _spec_of_ranks(read_ranks(file))
-        self._has(self._read(file, self._spec), self._main.token_to_id(_LLAMA3_SPECIAL[0]),
-                  [*map(self._main.token_to_id, _LLAMA3_EOS)])
+        pieces, special = self._read(file, self._spec)
+        self._has(pieces, special, special[_LLAMA3_SPECIAL[0]], [*map(special.get, _LLAMA3_EOS)])
 
     def hf_files(self):
         return {"tokenizer.json": self._spec, **super().hf_files()}

@@ -30,27 +30,43 @@ class BaseTokenizer:
     """Text to ids and back, as generation and evaluation need it. An id stands for bytes, and a
     text's UTF-8 is the bytes of its ids, but for the space that some put before a text.
 
-    Text never becomes a control token: "<s>" in a text is three characters; bos and eos come only
-    from the arguments of `encode`.
+    Text never becomes a special token by itself: "<s>" in a text is three characters; bos, eos and
+    other control tokens come only from the arguments of `encode`.
 
-    Attributes: vocab_size, bos_id, eos_id (int); eos_ids (tuple of int), any of which ends a text.
+    Attributes: vocab_size, bos_id, eos_id (int); eos_ids (tuple of int), any of which ends a text;
+    special (dict), the ids of special tokens by their texts.
     """
 
     _begins_with_bos = True  # whether `encode` heeds bos for a text that is not empty
     _prefix = False          # whether encode_batch puts a space before a text, which decode removes
 
-    def _has(self, pieces, bos_id, eos_ids):
-        """Set the attributes. pieces: the bytes of each id, none for a control token's."""
-        self._bytes, self.vocab_size = pieces, len(pieces)
+    def _has(self, pieces, special, bos_id, eos_ids):
+        """Set the attributes. pieces: the bytes of each id, none for a special token's."""
+        self._bytes, self.vocab_size, self.special = pieces, len(pieces), special
         self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_ids[0], tuple(dict.fromkeys(eos_ids))
 
-    def encode(self, text, bos=False, eos=False):
+    def encode(self, text, bos=False, eos=False, special=False):
         """The ids of `text` (list of int), with bos before and eos after it when asked for.
 
-        Raises ValueError when `text` holds a lone surrogate, which UTF-8 cannot express.
+        special: the texts of special tokens in it become these tokens, as in a chat's prompt; where
+        it begins with bos, it gets no second one. Raises ValueError when `text` holds a lone
+        surrogate, which UTF-8 cannot express.
         """
-        ids = self.encode_batch([text])[0]
-        return (self.with_bos(ids) if bos else ids) + [self.eos_id] * eos
+        ids = self._encode_special(text) if special else self.encode_batch([text])[0]
+        if bos and not (special and ids[:1] == [self.bos_id]):
+            ids = self.with_bos(ids)
+        return ids + [self.eos_id] * eos
+
+    def _encode_special(self, text):
+        texts = sorted(self.special, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, texts))})", check_text("encode", text))
+        ids = []
+        for part in filter(None, parts):
+            if part in self.special:
+                ids.append(self.special[part])
+            else:
+                ids += self.encode_continuation(part) if ids else self.encode(part)
+        return ids
 
     def with_bos(self, ids):
         """The ids of a text behind bos, where this tokenizer's models begin their texts with it.
@@ -123,7 +139,7 @@ class Tokenizer(BaseTokenizer):
         data = read_model(path)
         sp = self._sp = parse_model(path, data)
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self._has(piece_bytes(sp), sp.bos_id(), [sp.eos_id()])
+        self._has(piece_bytes(sp), control_pieces(sp), sp.bos_id(), [sp.eos_id()])
         self._space = [sp.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
         if min(self.bos_id, self.eos_id) < 0 or self.decode(self.encode(_PROBE)) != _PROBE:
             raise LlamaExtError(
@@ -219,6 +235,11 @@ def piece_bytes(sp):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(_SPACE, " ").encode()
     return [of(i) for i in range(sp.get_piece_size())]
+
+
+def control_pieces(sp):
+    """{text: id} of a SentencePieceProcessor's control pieces."""
+    return {sp.id_to_piece(i): i for i in range(sp.get_piece_size()) if sp.is_control(i)}
 
 
 def sentencepiece_hf_files(sp, prefix):

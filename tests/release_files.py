@@ -16,9 +16,9 @@ CODE = ("def area(self, r):\n    if r < 0:\n\t\traise ValueError('it's')\n"
         "    return 3.14159 * r * r\r\n\n\n")
 TEXTS = [CODE.replace("area", f"area_{i}") + "We've NAÏVE naïve cafés, 2023年\u3000日本語 😀  " * 3
          for i in range(60)]
-PARTS = [CODE, "    ", "\t\t", "\n\n", "\r\n ", "\0", "\ufffd", "\u3000", "\x85", "\u2028", "\xa0",
-         "\U0001f468\u200d\U0001f469", "e\u0301", "\ufb01", "12345", "  ", "日本", "It'S we'Ve", "\u017f",
-         "def area", " return", "<0x41>", "café,", "?!\n", "'", "\u2047", ""]
+PARTS = [CODE, "    ", "\t\t", "\n\n", "\r\n ", "\0", "\ufffd", "\u3000", "\x85", "\u2028",
+         "\xa0", "\U0001f468\u200d\U0001f469", "e\u0301", "\ufb01", "12345", "  ", "日本",
+         "It'S we'Ve", "\u017f", "def area", " return", "<0x41>", "café,", "?!\n", "'", "\u2047", ""]
 
 
 def random_text(rng, parts=PARTS):
@@ -76,7 +76,7 @@ def write_json_tokenizer(folder, eos="<|eot_id|>", generation=(1, 2)):
 
 
 def write_ranks(folder, source):
-    """FOLDER/tokenizer.model in tiktoken's format, of the byte-level BPE in source/tokenizer.json."""
+    """FOLDER/tokenizer.model in tiktoken's format, of the BPE in source/tokenizer.json."""
     folder.mkdir()
     vocabulary = json.loads((source / "tokenizer.json").read_text())["model"]["vocab"]
     order = sorted(vocabulary, key=vocabulary.get)

@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(folders, tmp_path_factory):
-    """{kind: a checkpoint of ours with a model and such a tokenizer}, from Hugging Face's format."""
+    """{kind: a checkpoint with such a tokenizer}, converted from Hugging Face's format."""
     root = tmp_path_factory.mktemp("converted")
     for kind, folder in folders.items():
         lx.hf.save(ours(CONFIG), root / f"{kind} hf", tokenizer=folder)
@@ -140,6 +140,25 @@ def test_generate_shows_what_decoding_the_whole_gives(converted, kind, capsys):
                          "--top-p=1"]) == 0
         assert capsys.readouterr().out == tokenizer.decode(ids + new) + "\n"
     assert max(lengths) == 24
+
+
+def test_special_tokens_of_a_prompt(converted, capsys, monkeypatch):
+    seen = []
+
+    def ids(model, prompt_ids, *args, **options):
+        seen.append(prompt_ids)
+        return iter([(0, None)])
+    monkeypatch.setattr("llama_ext.generate.stream", ids)
+    _, tokenizer = checkpoint.load_model(converted["json"])
+    prompt = "<|start_header_id|>user\nx<|eot_id|>"
+    for option in ([], ["--special-tokens"]):
+        assert cli.main(["generate", "--run", str(converted["json"]), "--prompt", prompt,
+                         *option]) == 0
+        assert capsys.readouterr().out == prompt + "\n"
+    assert seen[1] == [tokenizer.encode(prompt, bos=True)]
+    special = tokenizer.special
+    assert seen[2] == seen[3] == [[special["<|begin_of_text|>"], special["<|start_header_id|>"],
+                                   *tokenizer.encode("user\nx"), special["<|eot_id|>"]]]
 
 
 def test_stop_texts(converted, kind):

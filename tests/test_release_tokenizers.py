@@ -2,6 +2,9 @@
 
 import json
 import random
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -33,12 +36,13 @@ def folders(tmp_path_factory):
     return folders
 
 
-def hf_tokenizer(folder, **options):
+def hf_tokenizer(folder):
     """transformers' own, of the files in `folder` and those that load_tokenizer() says it needs."""
-    for name, content in load_tokenizer(folder).hf_files().items():
-        if not (folder / name).exists():
-            write(folder, name, content)
-    return transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=True, **options)
+    with tempfile.TemporaryDirectory() as copy:
+        for name, content in load_tokenizer(folder).hf_files().items():
+            write(Path(copy), name, content)
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        return transformers.AutoTokenizer.from_pretrained(copy, split_special_tokens=True)
 
 
 @pytest.fixture(params=KINDS)
@@ -58,12 +62,8 @@ def test_kinds(folders):
 
 # --- text to ids ---
 
-def test_ids_and_texts_are_transformers(folders, tokenizer, kind, tmp_path):
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in folders[kind].iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    theirs = hf_tokenizer(folder)
+def test_ids_and_texts_are_transformers(folders, tokenizer, kind):
+    theirs = hf_tokenizer(folders[kind])
     assert theirs.bos_token_id == tokenizer.bos_id
     assert theirs.eos_token_id == tokenizer.eos_id in tokenizer.eos_ids
     texts = random_texts(400)
@@ -105,6 +105,20 @@ def test_text_never_becomes_a_control_token(tokenizer):
         ids = tokenizer.encode(text)
         assert not special & set(ids)
         assert tokenizer.decode(ids) == text
+
+
+def test_special_tokens_on_request(folders, tokenizer, kind):
+    """Once a text is said to have some; transformers' rule, too, unless told otherwise."""
+    theirs = hf_tokenizer(folders[kind])
+    theirs.split_special_tokens = False
+    bos, eos = theirs.bos_token, theirs.eos_token
+    for text in (f"{bos}x", f"a{eos}b", f"x {eos}{eos} y{bos}", f"{eos}", "no", ""):
+        assert tokenizer.encode(text, special=True) == theirs.encode(text, add_special_tokens=False)
+        ids = tokenizer.encode(text, bos=True, special=True)
+        assert ids[0] == tokenizer.bos_id
+        assert ids.count(tokenizer.bos_id) == text.count(bos) + (not text.startswith(bos))
+    with pytest.raises(ValueError, match="encode: .* lone surrogate"):
+        tokenizer.encode("\ud800", special=True)
 
 
 def test_a_continuation_gets_no_space_before_it(tokenizer):
