@@ -129,11 +129,10 @@ def _tokenizer(weights, to):
 # --- the formats ---
 
 def _write_hf(folder, config, entries, shard_size):
-    head_dim = config.dim // config.n_heads
     shards = [{}]
     for name, entry in entries.items():
         if is_rotated(name):
-            entry = entry._replace(read=lambda read=entry.read: to_half(read(), head_dim))
+            entry = entry._replace(read=lambda read=entry.read: to_half(read(), config.head_dim))
         size = _nbytes(entry)
         if shards[-1] and size + sum(map(_nbytes, shards[-1].values())) > shard_size:
             shards.append({})

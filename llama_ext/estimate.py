@@ -112,12 +112,7 @@ def _layer_parameters(config):
 
 def _layer_matrices(config):
     """Entries of one layer's seven matrices."""
-    kv = _kv_width(config)
-    return config.dim * (2 * config.dim + 2 * kv + 3 * config.hidden_dim)
-
-
-def _kv_width(config):
-    return config.dim // config.n_heads * config.n_kv_heads
+    return config.dim * (2 * config.q_dim + 2 * config.kv_dim + 3 * config.hidden_dim)
 
 
 def flops_per_token(config, seq_len, *, training=True, recompute=False, causal=True):
@@ -131,7 +126,7 @@ def flops_per_token(config, seq_len, *, training=True, recompute=False, causal=T
     activation checkpointing needs; utilization (MFU) leaves it out.
     Not counted: norms, rotations, softmax, SwiGLU's product, the optimizer.
     """
-    attention = 4 * config.dim * seq_len / (2 if causal else 1)
+    attention = 4 * config.q_dim * seq_len / (2 if causal else 1)
     layers = config.n_layers * (2 * _layer_matrices(config) + attention)
     output = 2 * config.vocab_size * config.dim
     if not training:
@@ -183,21 +178,22 @@ def inference_memory(config, plan):
     weights = BYTES["bf16"] * parameters
     if plan.int8:
         entries = config.n_layers * _layer_matrices(config)
-        rows = config.n_layers * (3 * config.dim + 2 * _kv_width(config) + 2 * config.hidden_dim)
+        rows = config.n_layers * (config.q_dim + 2 * config.kv_dim + 2 * config.dim
+                                  + 2 * config.hidden_dim)
         if not config.tie_embeddings:
             entries += config.vocab_size * config.dim
             rows += config.vocab_size
         weights += 4 * rows - entries
     return {
         "weights": weights / plan.tensor_parallel,
-        "KV cache": 4 * config.n_layers * _kv_width(config) * tokens / plan.tensor_parallel,
+        "KV cache": 4 * config.n_layers * config.kv_dim * tokens / plan.tensor_parallel,
         "work space": tokens * _activation_bytes(config) / plan.tensor_parallel,
         "CUDA and libraries": OVERHEAD_BYTES}
 
 
 def _activation_bytes(config):
     """Kept per token and layer in bf16, with the fp32 log-sum-exp of every head."""
-    return (2 * (4 * config.dim + 2 * _kv_width(config) + 2 * config.hidden_dim)
+    return (2 * (2 * config.dim + 2 * config.q_dim + 2 * config.kv_dim + 2 * config.hidden_dim)
             + 4 * config.n_heads)
 
 

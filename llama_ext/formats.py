@@ -194,9 +194,8 @@ def _open_hf(path):
             continue  # a buffer of old versions; the embedding table once more
         mine = names.get(name, name)
         if is_rotated(mine):
-            head_dim = config.dim // config.n_heads
             entry = entry._replace(
-                read=lambda read=entry.read: to_interleaved(read(), head_dim))
+                read=lambda read=entry.read: to_interleaved(read(), config.head_dim))
         ours[mine] = entry
     return Weights(path, "hf", config, ours, path)
 
@@ -240,17 +239,13 @@ def hf_config(file):
         raise LlamaExtError(f"{file}: expected the field {missing[0]}, found none")
     rope = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", theirs.get("rope_theta", 10000.0))
-    config = _config(file, {
+    return _config(file, {
         **{mine: theirs[name] for mine, name in ours.items()},
-        "n_kv_heads": theirs.get("num_key_value_heads"), "rope_theta": theta,
+        "n_kv_heads": theirs.get("num_key_value_heads"), "head_dim": theirs.get("head_dim"),
+        "rope_theta": theta,
         "max_seq_len": theirs.get("max_position_embeddings", 2048),
         "norm_eps": theirs.get("rms_norm_eps", 1e-6), "rope_scaling": rope or None,
         "tie_embeddings": theirs.get("tie_word_embeddings", False)})
-    head_dim = config.dim // config.n_heads
-    if theirs.get("head_dim") not in (None, head_dim):
-        raise LlamaExtError(f"{file}: head_dim: expected hidden_size / num_attention_heads = "
-                            f"{head_dim}, got {theirs['head_dim']}")
-    return config
 
 
 def to_hf_config(config, dtype):
@@ -261,7 +256,7 @@ def to_hf_config(config, dtype):
         "attention_bias": False, "mlp_bias": False,
         "hidden_size": config.dim, "intermediate_size": config.hidden_dim,
         "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads, "head_dim": config.dim // config.n_heads,
+        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
         "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling, "tie_word_embeddings": config.tie_embeddings,
@@ -346,7 +341,11 @@ def _meta_config(file, params, tensors, tied):
 
 
 def to_meta_params(config):
-    """The content of params.json. Raises LlamaExtError for rope scaling that Meta's code lacks."""
+    """The content of params.json. Raises LlamaExtError for a rope scaling or head_dim that Meta's
+    code lacks."""
+    if config.q_dim != config.dim:
+        raise LlamaExtError(f"head_dim: expected dim / n_heads = {config.dim / config.n_heads:g}, "
+                            f"all that Meta's format can say, got {config.head_dim}")
     scaling = config.rope_scaling
     if scaling and {**scaling, "factor": 0} != {**_META_ROPE, "factor": 0}:
         raise LlamaExtError(f"rope_scaling: expected {_META_ROPE} with any factor, all that Meta's "
