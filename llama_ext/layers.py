@@ -206,6 +206,9 @@ class CausalSelfAttention(nn.Module):
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError("CausalSelfAttention: n_kv_heads: expected a divisor of n_heads "
                              f"{n_heads}, got {n_kv_heads}")
+        if head_dim is not None and (head_dim < 2 or head_dim % 2):
+            raise ValueError("CausalSelfAttention: head_dim: expected an even number >= 2 or None, "
+                             f"got {head_dim}")
         if window is not None and window < 1:
             raise ValueError(f"CausalSelfAttention: window: expected >= 1 or None, got {window}")
         self.n_heads, self.n_kv_heads, self.window = n_heads, n_kv_heads, window
@@ -259,4 +262,4 @@ class CausalSelfAttention(nn.Module):
 
     def extra_repr(self):
         return (f"dim={self.wq.in_features}, n_heads={self.n_heads}, "
-                f"n_kv_heads={self.n_kv_heads}, head_dim={self.head_dim}, window={self.window}")
+                f"n_kv_heads={self.n_kv_heads}, window={self.window}, head_dim={self.head_dim}")

@@ -131,13 +131,13 @@ def test_head_dim_of_its_own(head_dim):
     """Less and more than dim / n_heads."""
     config = dataclasses.replace(CONFIG, head_dim=head_dim)
     for dtype in (torch.float64, torch.bfloat16):
-        block = make(dtype, config=config)
+        block, args = make(dtype, config=config), inputs(dtype)
         assert block.attention.wo.weight.shape == (64, 4 * head_dim)
-        check_op(called(block), defined(block), *inputs(dtype), *weights(block), dtype=dtype,
+        check_op(called(block), defined(block), *args, *weights(block), dtype=dtype,
                  fp32_roundings=12)
-        got, base = (results(fn, block, inputs(dtype))[0] for fn in (direct, composed))
+        got, base = (results(fn, block, args)[0] for fn in (direct, composed))
         assert all(map(torch.equal, got, base))
-    assert kept_bytes(direct, block, *inputs(dtype)) == B * T * per_token(config, 4)
+    assert kept_bytes(direct, block, *args) == B * T * per_token(config, 4)
 
 
 def one_by_one(dys, ws, shape, lower):

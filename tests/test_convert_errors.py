@@ -59,7 +59,7 @@ DAMAGE = {
     "head_dim": (edited(lambda c: c.update(head_dim=15)),
                  "head_dim: expected a positive even int or None, got 15"),
     "other head_dim": (edited(lambda c: c.update(head_dim=32)),
-                       r"q_proj.weight: expected shape \(128, 64\), got \(64, 64\)"),
+                       "q_proj.weight: expected shape (128, 64), got (64, 64)"),
     "field": (edited(lambda c: c.pop("hidden_size")), "expected the field hidden_size"),
     "value": (edited(lambda c: c.update(hidden_size="64")), "dim: expected"),
 }
