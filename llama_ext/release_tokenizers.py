@@ -84,7 +84,7 @@ class SentencePieceTokenizer(BaseTokenizer):
         special, pieces = _Special(folder), piece_bytes(self._sp)
         self._begins_with_bos = special.add_bos is not False and self._sp.bos_id() >= 0
         self._has(pieces, control_pieces(self._sp),
-                  *special.ids(file, len(pieces), self._sp.bos_id(), self._sp.eos_id()))
+                  *special.ids(file, len(pieces), [self._sp.bos_id()], [self._sp.eos_id()]))
 
     def encode_batch(self, texts, num_threads=1):
         texts = [check_text("encode", text) for text in texts]
@@ -111,7 +111,7 @@ class JsonTokenizer(BaseTokenizer):
         spec = read_json(file)
         pieces, names = self._read(file, spec)
         special = _Special(folder)
-        own = [token and self._main.token_to_id(token)
+        own = [[token and self._main.token_to_id(token)]
                for token in (special.bos_token, special.eos_token)]
         self._has(pieces, names, *special.ids(file, len(pieces), *own))
         self._begins_with_bos = (self._main.encode("").ids[:1] == [self.bos_id]
@@ -127,7 +127,7 @@ class JsonTokenizer(BaseTokenizer):
         vocabulary = self._main.get_vocab(with_added_tokens=True)
         special = {token.content: i for i, token in self._main.get_added_tokens_decoder().items()
                    if token.special}
-        pieces = [b""] * (max(vocabulary.values()) + 1)
+        pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
         for token, i in vocabulary.items():
             pieces[i] = b"" if token in special else to_bytes(token)
         return pieces, special
@@ -158,7 +158,8 @@ class RankTokenizer(JsonTokenizer):
         file = folder / "tokenizer.model"
         self._spec = _spec_of_ranks(read_ranks(file))
         pieces, special = self._read(file, self._spec)
-        self._has(pieces, special, special[_LLAMA3_SPECIAL[0]], [*map(special.get, _LLAMA3_EOS)])
+        self._has(pieces, special, *_Special(folder).ids(
+            file, len(pieces), [special[_LLAMA3_SPECIAL[0]]], [*map(special.get, _LLAMA3_EOS)]))
 
     def hf_files(self):
         return {"tokenizer.json": self._spec, **super().hf_files()}
@@ -177,12 +178,12 @@ class _Special:
         self.bos_token, self.eos_token = (_content(settings.get(name))
                                           for name in ("bos_token", "eos_token"))
 
-    def ids(self, file, vocab_size, bos_id, eos_id):
-        """(id of bos, ids of eos), checked. bos_id, eos_id: what the tokenizer itself has, or None
-        or -1. Where there is no bos, a text is what comes after eos."""
+    def ids(self, file, vocab_size, bos, eos):
+        """(id of bos, ids of eos), checked. bos, eos: lists of the tokenizer's own; None and -1 in
+        them are none. Where there is no bos, a text is what comes after eos."""
         found = []
-        for own, name in ((bos_id, "bos_token_id"), (eos_id, "eos_token_id")):
-            ids = [own, *_listed(self._generation.get(name))]
+        for own, name in ((bos, "bos_token_id"), (eos, "eos_token_id")):
+            ids = [*own, *_listed(self._generation.get(name))]
             ids = [i for i in ids if i not in (None, -1)] or _listed(self._model.get(name))
             for i in ids:
                 if not isinstance(i, int) or not 0 <= i < vocab_size:

@@ -202,6 +202,9 @@ def test_eos_of_every_file_counts(folders, tmp_path):
     with pytest.raises(LlamaExtError, match=rf"eos_token_id: expected ids below its {count + 4}, "
                                             rf"got {count + 9}"):
         load_tokenizer(json_folder)
+    shutil.copy(folders["ranks"] / "tokenizer.model", tmp_path)
+    write(tmp_path, "generation_config.json", {"eos_token_id": [7, count + 9]})
+    assert load_tokenizer(tmp_path).eos_ids == (count + 1, count + 8, count + 9, 7)
     ranks = load_tokenizer(folders["ranks"])
     assert (ranks.bos_id, ranks.eos_ids) == (count, (count + 1, count + 8, count + 9))
 
