@@ -31,8 +31,9 @@ class LlamaConfig:
     """The shape of a LLaMA. Raises ValueError for values that do not make a model.
 
     n_kv_heads None becomes n_heads; hidden_dim None becomes the paper's 2/3 * 4 * dim, rounded up
-    to a multiple of multiple_of; head_dim None becomes dim / n_heads. tie_embeddings: the output layer is the embedding table.
-    rope_scaling: None, or a dict as in a Hugging Face config, of rope_type "llama3" or "linear".
+    to a multiple of multiple_of; head_dim None becomes dim / n_heads. tie_embeddings: the output
+    layer is the embedding table. rope_scaling: None, or a dict as in a Hugging Face config, of
+    rope_type "llama3" or "linear".
     """
 
     dim: int = 512

@@ -18,7 +18,8 @@ TEXTS = [CODE.replace("area", f"area_{i}") + "We've NAÏVE naïve cafés, 2023�
          for i in range(60)]
 PARTS = [CODE, "    ", "\t\t", "\n\n", "\r\n ", "\0", "\ufffd", "\u3000", "\x85", "\u2028",
          "\xa0", "\U0001f468\u200d\U0001f469", "e\u0301", "\ufb01", "12345", "  ", "日本",
-         "It'S we'Ve", "\u017f", "def area", " return", "<0x41>", "café,", "?!\n", "'", "\u2047", ""]
+         "It'S we'Ve", "\u017f", "def area", " return", "<0x41>", "café,", "?!\n", "'", "\u2047",
+         ""]
 
 
 def random_text(rng, parts=PARTS):

@@ -164,7 +164,7 @@ def test_options_and_places(tmp_path):
 
 def test_a_head_dim_that_metas_format_cannot_say(tmp_path):
     lx.hf.save(ours(CONFIGS["own head_dim"]), tmp_path / "hf")
-    with pytest.raises(LlamaExtError, match="head_dim: expected dim / n_heads = 16, all that Meta's "
-                                            "format can say, got 24"):
+    with pytest.raises(LlamaExtError, match="head_dim: expected dim / n_heads = 16, all that "
+                                            "Meta's format can say, got 24"):
         convert(tmp_path / "hf", tmp_path / "meta", "meta")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
