@@ -304,12 +304,10 @@ def _spec_of_ranks(ranks):
     tiktoken merges the neighbours whose union has the least rank. That is BPE where a token's
     rank orders all of the ways to make it out of two.
     """
-    def written(token):
-        return "".join(_CHARACTERS[b] for b in token)
-
-    order = sorted(ranks, key=ranks.get)
-    merges = [(written(token[:n]), written(token[n:])) for token in order
-              for n in range(1, len(token)) if token[:n] in ranks and token[n:] in ranks]
+    vocabulary = {token.decode("latin-1").translate(_CHARACTERS): ranks[token]
+                  for token in sorted(ranks, key=ranks.get)}
+    merges = [(token[:n], token[n:]) for token in vocabulary for n in range(1, len(token))
+              if token[:n] in vocabulary and token[n:] in vocabulary]
     bos = _LLAMA3_SPECIAL[0]
     added = [{"id": len(ranks) + i, "content": token, "special": True, "normalized": False,
               "single_word": False, "lstrip": False, "rstrip": False}
@@ -331,5 +329,4 @@ def _spec_of_ranks(ranks):
         "model": {"type": "BPE", "dropout": None, "unk_token": None,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                  "vocab": {written(token): ranks[token] for token in order},
-                  "merges": merges}}
+                  "vocab": vocabulary, "merges": merges}}
