@@ -31,9 +31,9 @@ from .ops import cross_entropy
 
 
 class LanguageModel(LM):
-    """What lm-eval asks of a model. Every text begins as the tokenizer's
-    models expect, Llama's with bos; what exceeds the model's
-    max_seq_len is cut off on the left. Batches hold at most batch_size requests."""
+    """What lm-eval asks of a model. Every text begins with bos, or as else the tokenizer's models
+    expect; what exceeds the model's max_seq_len is cut off on the left. Batches hold at most
+    batch_size requests."""
 
     def __init__(self, model, tokenizer, batch_size=16):
         super().__init__()

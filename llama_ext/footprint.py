@@ -37,8 +37,7 @@ def footprint(model, dtype, prompt_lengths, max_new_tokens, batch_size):
     sums = 0 if item >= 4 else 4 * config.hidden_dim
     widest = max(3 * item * config.hidden_dim, 2 * item * config.hidden_dim + sums,
                  item * (2 * config.q_dim + 4 * config.kv_dim))
-    layer = (4 * item * config.dim + widest + 8 * config.n_heads
-             + 4 * config.head_dim + 32)
+    layer = 4 * item * config.dim + widest + 8 * config.n_heads + 4 * config.head_dim + 32
     # Per logit: itself, and what sample() makes of it, sorting included.
     sampling = rows * config.vocab_size * (item + 48) + 3 * tokens * config.dim * item
     return {"weights": parameters + buffers,
