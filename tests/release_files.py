@@ -1,6 +1,7 @@
 """Small tokenizers in the files of the Llama releases, trained here."""
 
 import base64
+import inspect
 import io
 import json
 import random
@@ -8,10 +9,12 @@ import random
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from llama_ext import release_tokenizers
 from llama_ext.release_tokenizers import read_ranks
 
+LLAMA3_SPLIT = inspect.signature(TikTokenConverter).parameters["pattern"].default
 CODE = ("def area(self, r):\n    if r < 0:\n\t\traise ValueError('it's')\n"
         "    return 3.14159 * r * r\r\n\n\n")
 TEXTS = [CODE.replace("area", f"area_{i}") + "We've NAÏVE naïve cafés, 2023年\u3000日本語 😀  " * 3
@@ -55,7 +58,7 @@ def write_json_tokenizer(folder, eos="<|eot_id|>", generation=(1, 2)):
     folder.mkdir()
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(release_tokenizers._LLAMA3_SPLIT), "isolated"),
+        pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(

@@ -1,5 +1,6 @@
 """The tokenizers of the Llama releases: transformers' ids, exact streaming, what a folder says."""
 
+import base64
 import json
 import random
 import shutil
@@ -239,10 +240,23 @@ def test_special_tokens_of_llama_3(folders):
 
 
 def test_ranks_are_the_merges_they_came_from(folders):
-    """Found again without them; also for a piece that no merges lead to (ignore_merges)."""
+    """Found again without them, with the split pattern that transformers has for Llama 3."""
     a, b = (load_tokenizer(folders[kind]) for kind in ("json", "ranks"))
-    for text in random_texts(300, seed=5):
+    for text in [*TEXTS, *random_texts(300, seed=5)]:
         assert a.encode(text) == b.encode(text)
+
+
+def test_ranks_as_tiktoken_reads_them(tmp_path):
+    """A whole piece is its token, even one that no merges lead to; else the neighbours with the
+    least rank are merged first, the leftmost of several."""
+    tokens = [*(bytes([b]) for b in range(256)), b"xyz", b"bc", b"ab", b"aa", b"abc", b"12"]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(
+        base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    tokenizer = load_tokenizer(tmp_path)
+    for text, pieces in (("xyz", [b"xyz"]), ("xyzx", [b"x", b"y", b"z", b"x"]), ("abc", [b"abc"]),
+                         ("dabc", [b"d", b"abc"]), ("abcd", [b"abc", b"d"]), ("aaa", [b"aa", b"a"]),
+                         ("aab", [b"a", b"ab"]), ("1212", [b"12", b"1", b"2"])):
+        assert [tokens[i] for i in tokenizer.encode(text)] == pieces
 
 
 # --- damaged and other files ---
