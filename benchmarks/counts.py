@@ -146,15 +146,21 @@ def vgpu():
     return library, machine_code
 
 
-def registers_and_loads_in_flight(launch):
-    """Of a launch's kernel; loads in KiB."""
+def machine_code_of(launch):
+    """(resources, instructions) of a launch's kernel."""
     library, machine_code = vgpu()
     for source in library.nvcc.SOURCES:
         known = machine_code.resources(library.CSRC / "cuda" / source.name)
         if launch["kernel"] in known:
             break
-    found, (x, y, z) = known[launch["kernel"]], launch["block"]
-    code = machine_code.instructions(library.CSRC / "cuda" / source.name)[launch["kernel"]]
+    code = machine_code.instructions(library.CSRC / "cuda" / source.name)
+    return known[launch["kernel"]], code[launch["kernel"]]
+
+
+def registers_and_loads_in_flight(launch):
+    """Of a launch's kernel; loads in KiB."""
+    _, machine_code = vgpu()
+    (found, code), (x, y, z) = machine_code_of(launch), launch["block"]
     threads = machine_code.resident_threads(found["registers"], x * y * z, found["shared"])
     return found["registers"], threads * machine_code.loads_in_flight(code) * 16 / 1024
 

@@ -44,6 +44,25 @@ def loads_in_flight(code):
     return most
 
 
+def load_rounds(code):
+    """(rounds, loads): the loads from global memory in a kernel's instructions, and the rounds that
+    they come in, going through the instructions once, in order: a load that is issued after the
+    result of another was first used is of a later round than that one."""
+    waiting, done, rounds, loads = [], 0, 0, 0
+    for text in code:
+        registers = {int(r) for r in re.findall(r"\bR(\d+)", text)}
+        used = [i for i, (results, _) in enumerate(waiting) if results & registers]
+        if used:
+            done = max(done, *(turn for _, turn in waiting[:used[-1] + 1]))
+            waiting = waiting[used[-1] + 1:]
+        if load := re.match(r"LDG\S*", text):
+            first = int(re.search(r"\bR(\d+)", text)[1])
+            words = 4 if ".128" in load[0] else 2 if ".64" in load[0] else 1
+            waiting.append((set(range(first, first + words)), done + 1))
+            rounds, loads = max(rounds, done + 1), loads + 1
+    return rounds, loads
+
+
 def resident_threads(registers, block_threads, shared_bytes):
     """Threads that an SM holds of blocks of so many threads with so many registers each and so much
     shared memory: registers are given out by 256 a warp."""

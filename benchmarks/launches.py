@@ -1,0 +1,79 @@
+"""What each launch of the ops that memory limits asks of a GPU, for the model of their times
+(a100/bandwidth.py): counted on the virtual A100, bf16, widths of LLaMA 7B, at two sizes; between
+and beyond them every figure is linear in the size.
+
+grid, warps      blocks, and warps of each
+resident         blocks that an SM holds at a time, by registers, threads and shared memory
+teams            of a block: groups of warps that wait for each other at barriers, or single warps
+bytes            of global memory that the launch touches, each counted once
+asked            bytes that its threads ask for
+instructions     of warps, in PTX
+rounds           of loads from global memory, each of which a warp waits for before the next
+"""
+
+import dataclasses
+from typing import Callable
+
+import torch
+
+import llama_ext  # noqa: F401  registers the ops
+
+from . import counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """An op, and its case for a number of rows (of linear_int8: of outputs). size: the larger of
+    the two numbers that it is counted at, the other is half of it."""
+
+    name: str
+    size: int
+    case: Callable
+
+
+CASES = [
+    Scaled("rmsnorm forward", 2048, lambda n: counts._rmsnorm(False, False, n)),
+    Scaled("rmsnorm backward", 2048, lambda n: counts._rmsnorm(False, True, n)),
+    Scaled("rmsnorm_residual forward", 2048, lambda n: counts._rmsnorm(True, False, n)),
+    Scaled("rmsnorm_residual backward", 2048, lambda n: counts._rmsnorm(True, True, n)),
+    Scaled("swiglu forward", 256, lambda n: counts._swiglu(False, False, n)),
+    Scaled("swiglu backward", 256, lambda n: counts._swiglu(False, True, n)),
+    Scaled("rope forward", 2048, lambda n: counts._rope(True, 1, False, n)),
+    Scaled("rope backward", 2048, lambda n: counts._rope(True, 1, True, n)),
+    Scaled("cross_entropy forward", 128, lambda n: counts._cross_entropy(False, 32000, n)),
+    Scaled("cross_entropy backward", 128, lambda n: counts._cross_entropy(True, 32000, n)),
+    Scaled("linear_int8 of 1 row", 2048, lambda n: counts._linear_int8(1, n)),
+    Scaled("linear_int8 of 8 rows", 2048, lambda n: counts._linear_int8(8, n)),
+]
+
+
+def figures(launch):
+    """Of a launch in the virtual A100's log."""
+    _, machine_code = counts.vgpu()
+    found, code = counts.machine_code_of(launch)
+    x, y, z = launch["block"]
+    grid, warps = torch.Size(launch["grid"]).numel(), -(-x * y * z // 32)
+    rounds, loads = machine_code.load_rounds(code)
+    asked_by_warp = launch["global_load_requests"] / (grid * warps)
+    resident = machine_code.resident_threads(found["registers"], x * y * z, found["shared"])
+    return {
+        "grid": grid, "warps": warps, "resident": resident // (x * y * z),
+        "teams": y if launch["barriers"] else warps,
+        "bytes": launch["global_unique_bytes_read"] + launch["global_unique_bytes_written"],
+        "asked": launch["global_load_bytes"] + launch["global_store_bytes"],
+        "instructions": launch["warp_instructions"],
+        "rounds": rounds * max(1, asked_by_warp / max(loads, 1))}
+
+
+def measure(scaled):
+    """{"op, size, number of the launch": its figures} at both sizes."""
+    library, _ = counts.vgpu()
+    found = {}
+    for size in (scaled.size // 2, scaled.size):
+        torch.manual_seed(0)
+        call, _ = scaled.case(size).prepare()
+        library.take_log()
+        call()
+        for number, launch in enumerate(library.take_log(), 1):
+            found[f"{scaled.name}, {size}, {number}"] = figures(launch)
+    return found
