@@ -9,6 +9,7 @@ bytes            of global memory that the launch touches, each counted once
 asked            bytes that its threads ask for
 instructions     of warps, in PTX
 rounds           of loads from global memory, each of which a warp waits for before the next
+must             bytes that the op, all its launches together, must move
 """
 
 import dataclasses
@@ -71,9 +72,9 @@ def measure(scaled):
     found = {}
     for size in (scaled.size // 2, scaled.size):
         torch.manual_seed(0)
-        call, _ = scaled.case(size).prepare()
+        call, must = scaled.case(size).prepare()
         library.take_log()
         call()
         for number, launch in enumerate(library.take_log(), 1):
-            found[f"{scaled.name}, {size}, {number}"] = figures(launch)
+            found[f"{scaled.name}, {size}, {number}"] = figures(launch) | {"must": must}
     return found

@@ -20,7 +20,7 @@ import dataclasses
 from .model import CLOCK, LAUNCH
 
 LATENCY = 0.8e-6  # seconds, with memory busy
-START = 8.5e-6    # seconds
+START = 8e-6      # seconds
 DEPENDENT = 4     # clocks from an instruction to one that needs its result
 LINK = 64         # bytes per clock from L2 to an SM
 

@@ -1,0 +1,64 @@
+"""The ops that memory limits, part two of `python -m benchmarks a100`: first the model's check, then
+ours, from the figures in benchmarks/baseline.json; no GPU has run them."""
+
+from .. import baseline
+from ..launches import CASES
+from . import peers
+from .bandwidth import START, Launch, estimate, seconds
+from .model import GPUS
+
+ROWS = (2048, 4096, 8192, 16384)
+OUTPUTS = (4096, 11008, 32000)  # of linear_int8, 4096 inputs
+
+
+def interpolate(figures, case, size):
+    """([Launch], bytes that the op must move) of a case at any size. figures: the group "launches"
+    of baseline.json."""
+    low, high = ([figures[f"{case.name}, {at}, {n}"] for n in (1, 2)
+                  if f"{case.name}, {at}, {n}" in figures] for at in (case.size // 2, case.size))
+    share = (size - case.size // 2) / (case.size - case.size // 2)
+    found = [{name: a[name] + share * (b[name] - a[name]) for name in a} for a, b in zip(low, high)]
+    must = [launch.pop("must") for launch in found][0]
+    return [Launch(**launch) for launch in found], must
+
+
+def limit(gpu, launches):
+    """What the launch that takes longest waits for most."""
+    found = max((estimate(gpu, launch) for launch in launches), key=lambda e: e.seconds)
+    if found.memory > 0.9:
+        return f"memory {found.memory:.0%}"
+    return f"latency; memory {found.memory:.0%}, SM {found.pipes:.0%}"
+
+
+def ours(gpu, figures):
+    """[(what, size, ms, GB/s, what limits it)], modelled."""
+    rows = []
+    for case in CASES:
+        for size in OUTPUTS if case.name.startswith("linear_int8") else ROWS:
+            launches, must = interpolate(figures, case, size)
+            took = seconds(gpu, launches)
+            rows.append((case.name, size, 1e3 * took, must / took / 1e9, limit(gpu, launches)))
+    return rows
+
+
+def run(args):
+    print(f"\n{__doc__}\n\nLiger-Kernel, published and modelled, ms")
+    print(f"{'GPU':10} {'':28} {'of':14} {'published':>9} {'modelled':>8} {'error':>6}")
+    for row in peers.check():
+        kind = "  fitted" if (row.gpu, row.what) in peers.FITTED else ""
+        print(f"{row.gpu:10} {row.what:28} {row.of:14} {row.ms:9.4f} {row.modelled:8.4f} "
+              f"{row.error:+6.1%}{kind}{f'  {row.wrong}' if row.wrong else ''}")
+    gpu = GPUS[args.gpu]
+    print(f"\nllama_ext on {gpu.name}, bf16, widths of LLaMA 7B: MODELLED, as events time it with a "
+          f"cold L2 cache, which adds {1e6 * START:.0f} us\n(of a peak of {gpu.bandwidth / 1e9:,.0f} "
+          f"GB/s a copy reaches {gpu.reached:.0%}; linear_int8: outputs instead of rows)")
+    print(f"{'':26} {'rows':>6} {'ms':>8} {'GB/s':>6} {'of peak':>7}  limited by")
+    for what, size, ms, rate, why in ours(gpu, baseline.load()["launches"]):
+        print(f"{what:26} {size:6} {ms:8.4f} {rate:6.0f} {1e9 * rate / gpu.bandwidth:7.1%}  {why}")
+    print(f"\nLiger-Kernel 0.8.1 at {ROWS[-1]:,} rows, by the same model, ms; ours beside it")
+    times = {what: ms for what, size, ms, *_ in ours(gpu, baseline.load()["launches"])
+             if size == ROWS[-1]}
+    times["cross_entropy both"] = (times["cross_entropy forward"]
+                                   + times["cross_entropy backward"])
+    for what, ms in peers.at_llama_shapes(gpu).items():
+        print(f"{what:26} {ms:8.4f} {times[what]:8.4f}")
