@@ -5,6 +5,7 @@ and beyond them every figure is linear in the size.
 grid, warps      blocks, and warps of each
 resident         blocks that an SM holds at a time, by registers, threads and shared memory
 teams            of a block: groups of warps that wait for each other at barriers, or single warps
+                 where they do so at most at their end
 bytes            of global memory that the launch touches, each counted once
 asked            bytes that its threads ask for
 instructions     of warps, in PTX
@@ -25,11 +26,13 @@ from . import counts
 @dataclasses.dataclass(frozen=True)
 class Scaled:
     """An op, and its case for a number of rows (of linear_int8: of outputs). size: the larger of
-    the two numbers that it is counted at, the other is half of it."""
+    the two numbers that it is counted at, the other is half of it. alone: warps that share a row
+    wait for each other only at its end."""
 
     name: str
     size: int
     case: Callable
+    alone: bool = False
 
 
 CASES = [
@@ -41,29 +44,28 @@ CASES = [
     Scaled("swiglu backward", 256, lambda n: counts._swiglu(False, True, n)),
     Scaled("rope forward", 2048, lambda n: counts._rope(True, 1, False, n)),
     Scaled("rope backward", 2048, lambda n: counts._rope(True, 1, True, n)),
-    Scaled("cross_entropy forward", 128, lambda n: counts._cross_entropy(False, 32000, n)),
+    Scaled("cross_entropy forward", 128, lambda n: counts._cross_entropy(False, 32000, n),
+           alone=True),
     Scaled("cross_entropy backward", 128, lambda n: counts._cross_entropy(True, 32000, n)),
-    Scaled("linear_int8 of 1 row", 2048, lambda n: counts._linear_int8(1, n)),
-    Scaled("linear_int8 of 8 rows", 2048, lambda n: counts._linear_int8(8, n)),
+    Scaled("linear_int8 of 1 row", 2048, lambda n: counts._linear_int8(1, n), alone=True),
+    Scaled("linear_int8 of 8 rows", 2048, lambda n: counts._linear_int8(8, n), alone=True),
 ]
 
 
-def figures(launch):
+def figures(launch, alone):
     """Of a launch in the virtual A100's log."""
     _, machine_code = counts.vgpu()
     found, code = counts.machine_code_of(launch)
     x, y, z = launch["block"]
     grid, warps = torch.Size(launch["grid"]).numel(), -(-x * y * z // 32)
-    rounds, loads = machine_code.load_rounds(code)
-    asked_by_warp = launch["global_load_requests"] / (grid * warps)
     resident = machine_code.resident_threads(found["registers"], x * y * z, found["shared"])
     return {
         "grid": grid, "warps": warps, "resident": resident // (x * y * z),
-        "teams": y if launch["barriers"] else warps,
+        "teams": y if launch["barriers"] and not alone else warps,
         "bytes": launch["global_unique_bytes_read"] + launch["global_unique_bytes_written"],
         "asked": launch["global_load_bytes"] + launch["global_store_bytes"],
         "instructions": launch["warp_instructions"],
-        "rounds": rounds * max(1, asked_by_warp / max(loads, 1))}
+        "rounds": machine_code.load_rounds(code, launch["global_load_bytes"] / (grid * warps))}
 
 
 def measure(scaled):
@@ -76,5 +78,5 @@ def measure(scaled):
         library.take_log()
         call()
         for number, launch in enumerate(library.take_log(), 1):
-            found[f"{scaled.name}, {size}, {number}"] = figures(launch) | {"must": must}
+            found[f"{scaled.name}, {size}, {number}"] = figures(launch, scaled.alone) | {"must": must}
     return found

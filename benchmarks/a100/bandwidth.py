@@ -19,7 +19,7 @@ import dataclasses
 
 from .model import CLOCK, LAUNCH
 
-LATENCY = 0.8e-6  # seconds, with memory busy
+LATENCY = 0.75e-6 # seconds, with memory busy
 START = 8e-6      # seconds
 DEPENDENT = 4     # clocks from an instruction to one that needs its result
 LINK = 64         # bytes per clock from L2 to an SM

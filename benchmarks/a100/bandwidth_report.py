@@ -5,7 +5,6 @@ from .. import baseline
 from ..launches import CASES
 from . import peers
 from .bandwidth import START, Launch, estimate, seconds
-from .model import GPUS
 
 ROWS = (2048, 4096, 8192, 16384)
 OUTPUTS = (4096, 11008, 32000)  # of linear_int8, 4096 inputs
@@ -41,24 +40,27 @@ def ours(gpu, figures):
     return rows
 
 
-def run(args):
+def beside_liger(gpu, table):
+    """[(what, ms of Liger's, ms of ours)] at the most rows. table: of ours()."""
+    mine = {what: ms for what, size, ms, *_ in table if size == ROWS[-1]}
+    mine["cross_entropy both"] = mine["cross_entropy forward"] + mine["cross_entropy backward"]
+    return [(what, ms, mine[what]) for what, ms in peers.at_llama_shapes(gpu).items()]
+
+
+def run(gpu):
     print(f"\n{__doc__}\n\nLiger-Kernel, published and modelled, ms")
     print(f"{'GPU':10} {'':28} {'of':14} {'published':>9} {'modelled':>8} {'error':>6}")
     for row in peers.check():
         kind = "  fitted" if (row.gpu, row.what) in peers.FITTED else ""
         print(f"{row.gpu:10} {row.what:28} {row.of:14} {row.ms:9.4f} {row.modelled:8.4f} "
               f"{row.error:+6.1%}{kind}{f'  {row.wrong}' if row.wrong else ''}")
-    gpu = GPUS[args.gpu]
     print(f"\nllama_ext on {gpu.name}, bf16, widths of LLaMA 7B: MODELLED, as events time it with a "
           f"cold L2 cache, which adds {1e6 * START:.0f} us\n(of a peak of {gpu.bandwidth / 1e9:,.0f} "
           f"GB/s a copy reaches {gpu.reached:.0%}; linear_int8: outputs instead of rows)")
     print(f"{'':26} {'rows':>6} {'ms':>8} {'GB/s':>6} {'of peak':>7}  limited by")
-    for what, size, ms, rate, why in ours(gpu, baseline.load()["launches"]):
+    table = ours(gpu, baseline.load()["launches"])
+    for what, size, ms, rate, why in table:
         print(f"{what:26} {size:6} {ms:8.4f} {rate:6.0f} {1e9 * rate / gpu.bandwidth:7.1%}  {why}")
-    print(f"\nLiger-Kernel 0.8.1 at {ROWS[-1]:,} rows, by the same model, ms; ours beside it")
-    times = {what: ms for what, size, ms, *_ in ours(gpu, baseline.load()["launches"])
-             if size == ROWS[-1]}
-    times["cross_entropy both"] = (times["cross_entropy forward"]
-                                   + times["cross_entropy backward"])
-    for what, ms in peers.at_llama_shapes(gpu).items():
-        print(f"{what:26} {ms:8.4f} {times[what]:8.4f}")
+    print(f"\n{ROWS[-1]:,} rows: MODELLED ms, Liger-Kernel 0.8.1 and llama_ext")
+    for what, liger, mine in beside_liger(gpu, table):
+        print(f"{what:26} {liger:8.4f} {mine:8.4f}")
