@@ -25,9 +25,8 @@ from . import counts
 
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-    """An op, and its case for a number of rows (of linear_int8: of outputs). size: the larger of
-    the two numbers that it is counted at, the other is half of it. alone: warps that share a row
-    wait for each other only at its end."""
+    """An op, and its case for a number of rows (of linear_int8: of outputs); it is counted at `size`
+    and at half of it. alone: warps that share a row wait for each other only at its end."""
 
     name: str
     size: int
@@ -68,15 +67,12 @@ def figures(launch, alone):
         "rounds": machine_code.load_rounds(code, launch["global_load_bytes"] / (grid * warps))}
 
 
-def measure(scaled):
-    """{"op, size, number of the launch": its figures} at both sizes."""
+def measure(scaled, size):
+    """{"op, size, number of the launch": its figures}"""
     library, _ = counts.vgpu()
-    found = {}
-    for size in (scaled.size // 2, scaled.size):
-        torch.manual_seed(0)
-        call, must = scaled.case(size).prepare()
-        library.take_log()
-        call()
-        for number, launch in enumerate(library.take_log(), 1):
-            found[f"{scaled.name}, {size}, {number}"] = figures(launch, scaled.alone) | {"must": must}
-    return found
+    torch.manual_seed(0)
+    call, must = scaled.case(size).prepare()
+    library.take_log()
+    call()
+    return {f"{scaled.name}, {size}, {number}": figures(launch, scaled.alone) | {"must": must}
+            for number, launch in enumerate(library.take_log(), 1)}

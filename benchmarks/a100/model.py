@@ -12,8 +12,7 @@ and the clock stays at CLOCK of its highest. These three numbers, and no other, 
 FlashAttention-2's twelve published times on an A100 (published.py).
 
 Blocks go to the SMs' free places in the order of the grid, each for as long as its own tiles take;
-passes that only move memory go at the share of the GPU's bandwidth that a copy reaches, each launch
-costs LAUNCH seconds.
+passes that only move memory go at COPY of the GPU's bandwidth, each launch costs LAUNCH seconds.
 
 T tokens, D head dim.
 """
@@ -24,6 +23,7 @@ import heapq
 OVERLAP = 2.0    # exponent of the norm
 OVERHEAD = 4000  # clocks
 CLOCK = 0.88     # of the highest clock
+COPY = 0.85      # of the memory's bandwidth
 LAUNCH = 4e-6    # seconds
 
 
@@ -34,7 +34,7 @@ class Gpu:
     clock: float         # Hz, the highest
     hmma_clocks: float   # that one HMMA m16n8k16 keeps a sub-core's tensor core busy
     bandwidth: float     # bytes per second
-    reached: float       # share of the bandwidth that a copy reaches
+    reached: float       # share of it that the kernels of bandwidth.py reach
     l2: float            # bytes: half of the cache, for each half keeps copies of the other's lines
 
 
@@ -42,8 +42,8 @@ class Gpu:
 # taken to need 5; with 4 the model is 6 to 12 % above FlashAttention-2's published times, with 6
 # within 5 %.
 GPUS = {gpu.name: gpu for gpu in (
-    Gpu("A100-80GB", 108, 1.41e9, 8, 2.039e12, 0.85, 20e6),
-    Gpu("A100-40GB", 108, 1.41e9, 8, 1.555e12, 0.85, 20e6),
+    Gpu("A100-80GB", 108, 1.41e9, 8, 2.039e12, COPY, 20e6),
+    Gpu("A100-40GB", 108, 1.41e9, 8, 1.555e12, COPY, 20e6),
     Gpu("H100", 132, 1.755e9, 5, 3.35e12, 0.915, 25e6),
     Gpu("H200", 132, 1.755e9, 5, 4.8e12, 0.915, 25e6),
 )}
@@ -94,7 +94,7 @@ def kernel_seconds(gpu, kernel, T, D, heads):
 
 def copy_seconds(gpu, size):
     """Of a kernel that moves `size` bytes and does little else."""
-    return size / (gpu.bandwidth * gpu.reached) + LAUNCH
+    return size / (gpu.bandwidth * COPY) + LAUNCH
 
 
 def causal_flops(T, D, heads):
