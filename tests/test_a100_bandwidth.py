@@ -93,6 +93,16 @@ def test_counts_are_linear_in_the_size(vgpu, case):
 
 
 @EVERY
+def test_between_the_counted_sizes(case):
+    figures = baseline.load()["launches"]
+    low, high = (figures[f"{case.name}, {size}, 1"] for size in (case.size // 2, case.size))
+    for size, share in ((case.size // 2, 0), (case.size, 1), (case.size * 3 // 4, 0.5)):
+        launches_found, must = bandwidth_report.interpolate(figures, case, size)
+        assert must == low["must"] + share * (high["must"] - low["must"])
+        assert launches_found[0].bytes == low["bytes"] + share * (high["bytes"] - low["bytes"])
+
+
+@EVERY
 def test_bytes_are_what_the_op_must_move(case):
     for size in (2048, 16384):
         found, must = bandwidth_report.interpolate(baseline.load()["launches"], case, size)
