@@ -68,7 +68,7 @@ def attention():
 
 def launches():
     return {name: figures for scaled in launch_counts.CASES
-            for size in (scaled.size // 2, scaled.size)
+            for size in scaled.sizes
             for name, figures in launch_counts.measure(scaled, size).items()}
 
 

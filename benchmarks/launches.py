@@ -25,13 +25,18 @@ from . import counts
 
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-    """An op, and its case for a number of rows (of linear_int8: of outputs); it is counted at `size`
-    and at half of it. alone: warps that share a row wait for each other only at its end."""
+    """An op, and its case for a number of rows (of linear_int8: of outputs). alone: warps that
+    share a row wait for each other only at its end."""
 
     name: str
     size: int
     case: Callable
     alone: bool = False
+
+    @property
+    def sizes(self):
+        """Those that it is counted at."""
+        return self.size // 2, self.size
 
 
 CASES = [

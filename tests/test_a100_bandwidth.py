@@ -95,7 +95,7 @@ def test_counts_are_linear_in_the_size(vgpu, case):
 @EVERY
 def test_between_the_counted_sizes(case):
     figures = baseline.load()["launches"]
-    low, high = (figures[f"{case.name}, {size}, 1"] for size in (case.size // 2, case.size))
+    low, high = (figures[f"{case.name}, {size}, 1"] for size in case.sizes)
     for size, share in ((case.size // 2, 0), (case.size, 1), (case.size * 3 // 4, 0.5)):
         launches_found, must = bandwidth_report.interpolate(figures, case, size)
         assert must == low["must"] + share * (high["must"] - low["must"])

@@ -7,8 +7,8 @@ block's share, from the kernels of the releases of that time (0.2.1, 0.3.0, 0.6.
 0.8.1), compiled with their launch parameters by Triton 3.9 for sm_80, for the H100 too; Triton 3.0
 or ptxas of then may have given other registers. again: bytes read once more at the row's end;
 other: bytes that PyTorch moves in passes of its own (sums of partial gradients; a copy of the
-gradient that two inputs share). Lines without a time: Liger 0.8.1 at LLaMA 7B's widths, for an A100,
-to be modelled beside ours; its cross_entropy makes the gradient in the forward.
+gradient that two inputs share). Lines without a time: Liger 0.8.1 at LLaMA 7B's widths, for an
+A100, to be modelled beside ours; its cross_entropy makes the gradient in the forward.
 
 Left out, and why:
   rms_norm backward, A100     a fifth of its bytes is PyTorch's sum over rows, of unknown speed

@@ -61,7 +61,8 @@ def load_rounds(code, load_bytes):
             words = 4 if ".128" in load[0] else 2 if ".64" in load[0] else 1
             waiting.append((set(range(first, first + words)), done + 1))
             size, loads = widest.get(done + 1, (0, 0))
-            widest[done + 1] = max((size, loads), (4 * words, loads + 1 if size == 4 * words else 1))
+            widest[done + 1] = max((size, loads),
+                                   (4 * words, loads + 1 if size == 4 * words else 1))
     most = max((size for size, _ in widest.values()), default=0)
     wide = [loads for size, loads in widest.values() if size == most]
     times = load_bytes / (32 * most * sum(wide)) if wide else 0
