@@ -40,19 +40,19 @@ class Scaled:
 
 
 CASES = [
-    Scaled("rmsnorm forward", 2048, lambda n: counts._rmsnorm(False, False, n)),
-    Scaled("rmsnorm backward", 2048, lambda n: counts._rmsnorm(False, True, n)),
-    Scaled("rmsnorm_residual forward", 2048, lambda n: counts._rmsnorm(True, False, n)),
-    Scaled("rmsnorm_residual backward", 2048, lambda n: counts._rmsnorm(True, True, n)),
-    Scaled("swiglu forward", 256, lambda n: counts._swiglu(False, False, n)),
-    Scaled("swiglu backward", 256, lambda n: counts._swiglu(False, True, n)),
-    Scaled("rope forward", 2048, lambda n: counts._rope(True, 1, False, n)),
-    Scaled("rope backward", 2048, lambda n: counts._rope(True, 1, True, n)),
-    Scaled("cross_entropy forward", 128, lambda n: counts._cross_entropy(False, 32000, n),
+    Scaled("rmsnorm forward", 2048, lambda n: counts.rmsnorm(False, False, n)),
+    Scaled("rmsnorm backward", 2048, lambda n: counts.rmsnorm(False, True, n)),
+    Scaled("rmsnorm_residual forward", 2048, lambda n: counts.rmsnorm(True, False, n)),
+    Scaled("rmsnorm_residual backward", 2048, lambda n: counts.rmsnorm(True, True, n)),
+    Scaled("swiglu forward", 256, lambda n: counts.swiglu(False, False, n)),
+    Scaled("swiglu backward", 256, lambda n: counts.swiglu(False, True, n)),
+    Scaled("rope forward", 2048, lambda n: counts.rope(True, 1, False, n)),
+    Scaled("rope backward", 2048, lambda n: counts.rope(True, 1, True, n)),
+    Scaled("cross_entropy forward", 128, lambda n: counts.cross_entropy(False, 32000, n),
            alone=True),
-    Scaled("cross_entropy backward", 128, lambda n: counts._cross_entropy(True, 32000, n)),
-    Scaled("linear_int8 of 1 row", 2048, lambda n: counts._linear_int8(1, n), alone=True),
-    Scaled("linear_int8 of 8 rows", 2048, lambda n: counts._linear_int8(8, n), alone=True),
+    Scaled("cross_entropy backward", 128, lambda n: counts.cross_entropy(True, 32000, n)),
+    Scaled("linear_int8 of 1 row", 2048, lambda n: counts.linear_int8(1, n), alone=True),
+    Scaled("linear_int8 of 8 rows", 2048, lambda n: counts.linear_int8(8, n), alone=True),
 ]
 
 
