@@ -11,8 +11,10 @@ teams a second: few teams, or few bytes of each, leave memory idle while they wa
 busy. What a team reads again after more than the L2 cache holds comes from memory once more.
 
 LATENCY and START were fitted, to 17 of the published times in peers.csv, and the H100's share of
-bandwidth to the largest of them; the A100's is that of attention's model. START is what a timing by
-CUDA events with a cold L2 cache has in addition: launch, first loads, last stores.
+bandwidth to the largest of them; the A100's is that of attention's model. The other times had no
+part in these numbers, but the model's form, and which times to fit, were chosen with all in view.
+START is what a timing by CUDA events with a cold L2 cache has in addition: launch, first loads, last
+stores.
 
 Not in it: that what all blocks read, such as a weight, may come from L1 and then sooner; that the
 last blocks leave SMs idle; that SMs which run in step load at the same time. Nor does it judge
