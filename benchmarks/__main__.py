@@ -91,7 +91,7 @@ def main():
                          help="renew benchmarks/baseline.json, which the tests compare with")
     command.set_defaults(run=lambda args: baseline.save() if args.save else counts.run(args))
     command = commands.add_parser(
-        "a100", help="modelled times of attention on an A100, and the model's check",
+        "a100", help="modelled times of the kernels on an A100, and the models' checks",
         description=report.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--gpu", choices=model.GPUS, default="A100-80GB",
                          help="which GPU (default: %(default)s)")
