@@ -15,6 +15,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
@@ -50,7 +51,8 @@ def mesh(config, tensor_parallel=1, device="cpu"):
     return grid
 
 
-def parallelize(model, mesh, dtype=torch.float32, *, reshard_after_forward=True, prefetch=True):
+def parallelize(model, mesh, dtype=torch.float32, *, reshard_after_forward=True, prefetch=True,
+                compile=False):
     """Split `model`, a Llama, over `mesh` in place, and return it.
 
     The parameters become DTensors and stay fp32: optimizer, clip_grad_norm_ and checkpoints see
@@ -58,7 +60,8 @@ def parallelize(model, mesh, dtype=torch.float32, *, reshard_after_forward=True,
     along dp in fp32 (averaged). reshard_after_forward: free a layer's gathered parameters between
     its forward and backward, at the price of gathering them twice. prefetch: gather the next
     layer's parameters while this one computes (on a GPU; a CPU has no streams for it, and gathers
-    them before).
+    them before). compile: torch.compile each layer; on GPUs with tp > 1 that makes tensor
+    parallelism asynchronous: matrix products go in pieces while others are gathered or scattered.
 
     The model may be on the meta device: then follow with model.to_empty(device=...) and
     reset_parameters(model, seed) or checkpoint.load. model(tokens, targets) takes this dp rank's
@@ -68,6 +71,8 @@ def parallelize(model, mesh, dtype=torch.float32, *, reshard_after_forward=True,
     """
     if mesh["tp"].size() > 1:
         _split_layers(model, mesh["tp"])
+    if compile:
+        _compile_layers(model, mesh["tp"])
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if next(model.parameters()).dtype == dtype:
         policy = MixedPrecisionPolicy()
@@ -141,6 +146,17 @@ def _split_layers(model, tp):
     parallelize_module(model, tp, plan)
     model.loss = _SequenceLoss(tp)
     model.register_forward_pre_hook(_check_inputs, with_kwargs=True)
+
+
+def _compile_layers(model, tp):
+    if tp.size() > 1:
+        # A compiled layer gives a collective's result that is still on its way no gradient.
+        model.tok_embeddings.register_forward_hook(lambda module, args, out: out.clone())
+        if tp.device_type == "cuda":
+            torch._inductor.config._micro_pipeline_tp = True
+            enable_symm_mem_for_group(tp.get_group().group_name)
+    for layer in model.layers:
+        layer.compile(fullgraph=True)
 
 
 class _SplitNorm(RMSNorm):

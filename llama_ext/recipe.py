@@ -74,6 +74,8 @@ class TrainConfig:
     keep_gathered: bool = option(False, "with several processes: keep each layer's gathered "
                                  "weights from forward to backward, which is faster and takes "
                                  "more memory")
+    compile: bool = option(False, "torch.compile each layer; with --tensor-parallel on GPUs its "
+                           "collectives then run under its matrix products")
     dtype: str = option("auto", "precision of the operations; auto: bf16 where the device has "
                         "instructions for it, else fp32", ("auto", "bf16", "fp32"))
     peak_flops: float | None = option(

@@ -95,7 +95,11 @@ class Trainer:
         if ranks.is_joined():
             mesh = parallel.mesh(model_config, config.tensor_parallel, self.device.type)
             parallel.parallelize(model, mesh, torch.bfloat16 if self.dtype == "bf16" else
-                                 torch.float32, reshard_after_forward=not config.keep_gathered)
+                                 torch.float32, reshard_after_forward=not config.keep_gathered,
+                                 compile=config.compile)
+        elif config.compile:
+            for layer in model.layers:
+                layer.compile(fullgraph=True)
         model.to_empty(device=self.device)
         if initialize:
             parallel.reset_parameters(model, config.seed)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -234,3 +235,25 @@ def split_as_it_is():
 
 def test_a_model_with_weights_keeps_them():
     assert processes.run(2, split_as_it_is) == [True, True]
+
+
+def loss_and_gradients(compile):
+    mesh = parallel.mesh(config(n_layers=2), 2)
+    model = Llama(config(n_layers=2), device="meta", dtype=torch.float64)
+    parallel.parallelize(model, mesh, torch.float64, compile=compile)
+    parallel.reset_parameters(model.to_empty(device="cpu"), 5)
+    (batch,) = batches(0, 1)
+    loss = model(*batch)
+    loss.backward()
+    return loss.item(), [p.grad.full_tensor() for p in model.parameters()]
+
+
+def plain_and_compiled():
+    return loss_and_gradients(False), loss_and_gradients(True), counters["stats"]["unique_graphs"]
+
+
+def test_compiled_layers():
+    (loss, gradients), (compiled_loss, compiled), graphs = processes.run(2, plain_and_compiled)[0]
+    assert graphs > 0 and abs(compiled_loss - loss) < 1e-12
+    for got, expected in zip(compiled, gradients):
+        check(got, expected)
