@@ -177,7 +177,7 @@ def test_every_option_of_train_reaches_its_field(monkeypatch, tmp_path):
               "n_kv_heads": 11, "hidden_dim": 12, "seq_len": 13, "warmup": 3, "optimizer": "adamax",
               "beta2": 0.25, "dtype": "fp32", "device": "cpu", "lr": 0.75,
               "batch_tokens": 4 << 20, "peak_flops": 312e12, "grad_accum": None,
-              "tensorboard": True, "keep_gathered": True}
+              "tensorboard": True, "keep_gathered": True, "compile": True}
     assert given.keys() == {f.name for f in dataclasses.fields(TrainConfig)}
     seen = []
     monkeypatch.setattr("llama_ext.train.train", lambda c: seen.append(c) or {"signal": None})

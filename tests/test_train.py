@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from corpus import flip_bit, full_disk, write_texts
 from runs import data, one_thread, rows, small  # noqa: F401, fixtures
@@ -44,6 +45,17 @@ def kill_at(process, config, step, number):
         time.sleep(0.005)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+def test_compiled_it_is_the_same_training(small, tmp_path):
+    losses = []
+    for compile in (False, True):
+        config = small(compile=compile, steps=3, run=str(tmp_path / f"run-{compile}"))
+        before = counters["stats"]["unique_graphs"]
+        train(config)
+        assert (counters["stats"]["unique_graphs"] > before) == compile
+        losses.append([row["loss"] for row in rows(config.run) if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and len(losses[0]) >= 3
 
 
 @pytest.mark.parametrize("optimizer, dtype, threads", [("adamw", "bf16", 2), ("adamax", "fp32", 1)])
