@@ -159,13 +159,9 @@ def _device_options(parser):
 
 def _device_and_dtype(options):
     """Takes --device and --dtype out of the options, as torch's objects."""
-    import torch
+    from . import device
 
-    device, dtype = options.pop("device"), options.pop("dtype")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: expected auto or cpu where torch sees no GPU, got cuda")
-    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    return device.resolve(options.pop("device")), device.DTYPES[options.pop("dtype")]
 
 
 def _generate_options(parser):
@@ -205,11 +201,12 @@ def _generate_options(parser):
 def _run_generate(options):
     from . import checkpoint, footprint
     from .generate import stream_text
+    from .prompts import in_order, read_prompts
 
     run, file, special, jsonl, plan, int8 = map(
         options.pop, ("run", "prompts_file", "special_tokens", "jsonl", "plan", "int8"))
     device, dtype = _device_and_dtype(options)
-    prompts = _read_prompts(options.pop("prompt"), file)
+    prompts = read_prompts(options.pop("prompt"), file)
 
     def start(model, tokenizer):
         ids = [tokenizer.encode(prompt, bos=True, special=special) for prompt in prompts]
@@ -230,7 +227,7 @@ def _run_generate(options):
                                              int8)
     pieces, _ = start(model, tokenizer)
     sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every character
-    for i, (prompt, texts) in enumerate(zip(prompts, _in_order(pieces, len(prompts)))):
+    for i, (prompt, texts) in enumerate(zip(prompts, in_order(pieces, len(prompts)))):
         if jsonl:
             print(json.dumps({"prompt": prompt, "text": "".join(texts)}), flush=True)
             continue
@@ -240,57 +237,6 @@ def _run_generate(options):
         for text in texts:
             print(text, end="", flush=True)
         print()
-
-
-def _in_order(pieces, count):
-    """For each of `count` prompts, an iterator over its texts in stream_text's pieces, which must
-    be read to its end; what comes for later prompts meanwhile is kept."""
-    kept = [[] for _ in range(count)]
-
-    def texts(i):
-        while True:
-            while kept[i]:
-                text = kept[i].pop(0)
-                if text is None:
-                    return
-                yield text
-            j, text = next(pieces)
-            kept[j].append(text)
-    return map(texts, range(count))
-
-
-def _read_prompts(prompts, file):
-    """The texts of --prompt and of the lines of --prompts-file; [""] when neither is given."""
-    if prompts is None and file is None:
-        return [""]
-    prompts = [_utf8("--prompt", sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
-               for prompt in prompts or []]
-    if file is None:
-        return prompts
-    with open(file, "rb") as f:
-        lines = _utf8(file, f.read()).split("\n")
-    for number, line in enumerate(lines, 1):
-        if not (line := line.removesuffix("\r")):
-            continue
-        if file.endswith(".jsonl"):
-            try:
-                line = json.loads(line)["prompt"]
-                line.encode()
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise LlamaExtError(f"{file}: line {number}: expected a JSON object with a text "
-                                    "\"prompt\"") from None
-        prompts.append(line)
-    if not prompts:
-        raise LlamaExtError(f"{file}: expected at least one prompt, got an empty file")
-    return prompts
-
-
-def _utf8(where, data):
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise LlamaExtError(f"generate: {where}: expected UTF-8 text, got byte "
-                            f"{data[error.start]:#04x} at {error.start}") from None
 
 
 def _eval_options(parser):

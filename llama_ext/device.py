@@ -13,6 +13,7 @@ from .info import info
 _PEAKS = (("A100", 312e12, 19.5e12),
           ("H100 PCIe", 756e12, 51e12), ("H100 NVL", 835e12, 60e12), ("H100", 989e12, 67e12),
           ("H200 NVL", 835e12, 60e12), ("H200", 989e12, 67e12))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(name):
@@ -22,8 +23,8 @@ def resolve(name):
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ValueError("train: device: expected auto or cpu where torch sees no CUDA device, "
-                         "got 'cuda'")
+        raise ValueError("device: expected auto or cpu where torch sees no CUDA device, got "
+                         "'cuda'")
     return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 

@@ -94,6 +94,15 @@ def seeded_and_nan_filled(pytestconfig):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For the tests of a module whose models are too small for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_generate_tests(metafunc):
     if "isa" in metafunc.fixturenames:
         backend = metafunc.config.getoption("backend")

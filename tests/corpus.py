@@ -9,6 +9,7 @@ import numpy as np
 
 from llama_ext.data import FORMAT, sha256
 from llama_ext.files import seal
+from llama_ext.tokenizer import Tokenizer
 
 WORDS = "the a def return self x y café if else for in range print value 123 naïve\n".split(" ")
 
@@ -22,6 +23,13 @@ def write_texts(folder, count=40, seed=0):
         words = [rng.choice(WORDS) for _ in range(300)]
         path.write_text(" ".join(words) + f" {rng.random()}\n")
     return paths
+
+
+def write_tokenizer(folder):
+    """A tokenizer of 310 pieces, trained on such texts; returns the path of its file."""
+    texts = [path.read_text() for path in write_texts(folder / "texts", 5)]
+    Tokenizer.train(texts, folder / "tokenizer.model", 310)
+    return folder / "tokenizer.model"
 
 
 def write_data_set(folder, train, val=(), shard_tokens=100, vocab_size=1 << 16, dtype="uint16",

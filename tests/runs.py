@@ -4,20 +4,10 @@ import json
 import os
 
 import pytest
-import torch
 
 from corpus import write_texts
 from llama_ext.prepare import prepare
 from llama_ext.train import TrainConfig
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

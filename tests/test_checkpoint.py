@@ -6,12 +6,11 @@ import os
 import pytest
 import torch
 
-from corpus import flip_bit, full_disk, halve, write_texts
+from corpus import flip_bit, full_disk, halve, write_tokenizer
 from llama_ext import checkpoint
 from llama_ext.errors import LlamaExtError
 from llama_ext.model import Llama, LlamaConfig
 from llama_ext.optim import build_optimizer
-from llama_ext.tokenizer import Tokenizer
 
 FILES = ["config.json", "model.safetensors", "state.json", "tokenizer.model",
          "training.safetensors"]
@@ -20,10 +19,7 @@ FILES = ["config.json", "model.safetensors", "state.json", "tokenizer.model",
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """The bytes of a tokenizer's file."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    texts = [path.read_text() for path in write_texts(folder, 5)]
-    Tokenizer.train(texts, folder / "t.model", 310)
-    return (folder / "t.model").read_bytes()
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer")).read_bytes()
 
 
 def small(seed=0, optimizer="adamw", steps=0, **shape):

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import llama_ext as lx
+from benchmarks.memory import block_function, kept_bytes
 from llama_ext import cli, estimate, layers, model
 from llama_ext.estimate import (EstimateConfig, fits, fitting_plan, flops_per_token, memory,
                                 num_parameters, report)
@@ -125,6 +126,19 @@ def test_training_memory_is_the_sum_of_its_tensors():
     split = memory(config, dataclasses.replace(plan, gpus=8, tensor_parallel=4))
     assert split["weights"] == size / 8 and split["activations"] == one["activations"] / 4
     assert split["working copies"] == eight["working copies"] / 4
+
+
+@pytest.mark.parametrize("more", [{}, {"n_kv_heads": 2}])
+def test_activations_are_the_bytes_that_blocks_keep(more):
+    plan = EstimateConfig(preset="tiny", dim=48, n_layers=3, n_heads=4, hidden_dim=80, seq_len=16,
+                          batch_size=2, **more)
+    config = plan.model_config()
+    block = lx.Llama(config).layers[1].bfloat16()
+    inputs = [torch.randn(2, 16, 48, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    kept = kept_bytes(block_function, block, inputs)
+    assert memory(config, plan)["activations"] == 3 * kept > 0
+    recomputed = memory(config, dataclasses.replace(plan, recompute=True))["activations"]
+    assert recomputed == 3 * sum(t.nbytes for t in inputs[:1]) + kept
 
 
 @pytest.mark.parametrize("options, change", [

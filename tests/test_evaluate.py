@@ -21,21 +21,13 @@ from llama_ext.model import Llama, LlamaConfig
 from llama_ext.tokenizer import Tokenizer
 
 CONTEXT = 40
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,6 @@ SIZES = {"a": 41, "b": 8, "c": 15}  # windows; ids tell the source: a from 0, b 
 SHARES = {"a": 0.625, "b": 0.25, "c": 0.125}
 
 
-@pytest.fixture
-def one_thread():
-    """These models are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def write_mixture(path, shares, **more):
     path.write_text(json.dumps({"sources": {name: {"path": f"sets/{name}", "share": share}
                                             for name, share in shares.items()}, **more}))

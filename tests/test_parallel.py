@@ -15,15 +15,7 @@ from llama_ext import Llama, LlamaConfig, parallel
 
 STEPS, BATCH, T = 3, 4, 16
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**shape):

@@ -77,7 +77,8 @@ def exact_angles(model):
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
 
-    model.model.rotary_emb.forward = angles
+    rotary, = (m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding"))
+    rotary.forward = angles
     return model
 
 
@@ -94,7 +95,9 @@ def exact(model):
 def compare(model, patched, mask=None):
     """In fp64 to 1e-11, then in fp32, where the roundings of ten ops in a row add up."""
     reference_model = exact(model)
-    reference_model.loss_function = lambda logits, labels, **_: torch.nn.functional.cross_entropy(
+    causal_model, = (m for m in reference_model.modules()
+                     if isinstance(m, transformers.PreTrainedModel) and hasattr(m, "lm_head"))
+    causal_model.loss_function = lambda logits, labels, **_: torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # theirs is in fp32
     reference, base = run(reference_model, mask), run(model, mask)
     got64 = run(exact_angles(copy.deepcopy(patched).double()), mask)
@@ -271,16 +274,10 @@ def test_lora(first):
     ours = lora(ours)
     if first == "peft":
         lx.patch_hf(ours)
-    got, base = (m.train()(ids, labels=ids) for m in (ours, theirs))
-    assert got.logits is None and got.loss.item() == pytest.approx(base.loss.item(), rel=1e-5)
-    for m, out in ((ours, got), (theirs, base)):
-        out.loss.backward()
-    grads = dict(theirs.named_parameters())
     trained = [n for n, p in ours.named_parameters() if p.requires_grad]
     assert trained and all("lora" in n for n in trained)
-    for n, p in ours.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(p.grad, grads[n].grad, rtol=1e-3, atol=1e-5)
+    compare(theirs, ours)
+    assert ours.train()(ids, labels=ids).logits is None
     lx.unpatch_hf(ours)
     assert torch.equal(ours.eval()(ids).logits, theirs.eval()(ids).logits)
 

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 import llama_ext as lx
-from corpus import write_texts
+from corpus import write_tokenizer
 from harness import DTYPES, check_op, randn
 from llama_ext import checkpoint, cli
 from llama_ext.generate import generate
 from llama_ext.quantize import Int8Linear, quantize, quantize_
-from llama_ext.tokenizer import Tokenizer
 
 SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 310,
          "multiple_of": 32, "max_seq_len": 64}
@@ -167,9 +166,7 @@ def test_scale_stays_fp32_and_gradients_reach_adapters():
 def run(trained, tmp_path_factory):
     """A run's folder with the trained model."""
     folder = tmp_path_factory.mktemp("run")
-    texts = [path.read_text() for path in write_texts(folder / "texts", 5)]
-    Tokenizer.train(texts, folder / "t.model", 310)
-    checkpoint.save(folder, 1, trained[0], tokenizer=(folder / "t.model").read_bytes())
+    checkpoint.save(folder, 1, trained[0], tokenizer=write_tokenizer(folder).read_bytes())
     return folder
 
 
@@ -195,7 +192,7 @@ def test_loading_as_int8_equals_quantising_what_was_loaded(run, trained):
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_quantised_model_is_saved_and_loaded_as_it_is(run, trained, tmp_path, int8):
     model = quantize_(copy.deepcopy(trained[0]))
-    path = checkpoint.save(tmp_path, 2, model, tokenizer=(run / "t.model").read_bytes())
+    path = checkpoint.save(tmp_path, 2, model, tokenizer=(run / "tokenizer.model").read_bytes())
     assert equal_states(checkpoint.load_model(path, int8=int8)[0], model)
 
 
@@ -233,7 +230,7 @@ def test_no_more_than_one_layer_is_held_in_full_while_loading(run, monkeypatch):
 def test_weights_that_are_not_finite(run, trained, tmp_path):
     model = copy.deepcopy(trained[0])
     model.output.weight[3, 4] = torch.nan
-    path = checkpoint.save(tmp_path, 1, model, tokenizer=(run / "t.model").read_bytes())
+    path = checkpoint.save(tmp_path, 1, model, tokenizer=(run / "tokenizer.model").read_bytes())
     with pytest.raises(lx.LlamaExtError, match=f"^{path}: output.weight: quantize: weight: "
                                                "expected finite numbers, got others$"):
         checkpoint.load_model(path, int8=True)

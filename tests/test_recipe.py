@@ -15,7 +15,9 @@ from llama_ext.errors import LlamaExtError
 from llama_ext.estimate import flops_per_token
 from llama_ext.runlog import RunLog, plot_losses
 from llama_ext.train import TrainConfig, Trainer, train
-from runs import data, one_thread, rows, small  # noqa: F401, fixtures
+from runs import data, rows, small  # noqa: F401, fixtures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spoil(trainer, steps, what="loss"):

@@ -16,12 +16,14 @@ import torch
 from torch._dynamo.utils import counters
 
 from corpus import flip_bit, full_disk, write_texts
-from runs import data, one_thread, rows, small  # noqa: F401, fixtures
+from runs import data, rows, small  # noqa: F401, fixtures
 from llama_ext import checkpoint
 from llama_ext.data import TokenLoader, load_meta
 from llama_ext.errors import LlamaExtError
 from llama_ext.prepare import prepare
 from llama_ext.train import TrainConfig, Trainer, compression, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def start(config, threads=1):

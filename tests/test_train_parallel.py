@@ -17,7 +17,9 @@ import processes
 from llama_ext import checkpoint, ranks
 from llama_ext.errors import LlamaExtError
 from llama_ext.train import Trainer, train
-from runs import data, one_thread, rows, small  # noqa: F401  fixtures
+from runs import data, rows, small  # noqa: F401  fixtures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights(run):
