@@ -12,7 +12,7 @@ from tqdm import tqdm
 import llama_ext as lx
 from llama_ext.memory import reuse_freed_memory, status
 
-from . import baseline, counts, memory, overlap
+from . import baseline, counts, memory, models, overlap
 from .a100 import model, report
 from .cases import CASES
 from .timing import DTYPES, measure
@@ -83,6 +83,28 @@ def main():
     command.add_argument("--json", help="also write every figure to this file")
     command.set_defaults(run=run)
     command = commands.add_parser(
+        "models", help="a whole model beside transformers: training step, generation",
+        description=models.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--backend", choices=("cpu", "cuda"), default="cpu",
+                         help="default: %(default)s")
+    command.add_argument("--peers", nargs="+", choices=models.PROVIDERS[1:],
+                         help="beside which (default: all)")
+    command.add_argument("--sizes", nargs="+", default=["small"], choices=models.SIZES,
+                         help="default: small (512 wide, 8 layers, 8 heads, vocabulary 32,000)")
+    command.add_argument("--layers", type=int, help="default: the size's")
+    command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"],
+                         help="default: fp32 bf16")
+    for name, default, about in (
+            ("batch", 4, "sequences in a training step"), ("tokens", 512, "in each of them"),
+            ("prompt", 128, "tokens of the prompt"), ("new", 16, "further tokens"),
+            ("rounds", 5, "timing rounds"),
+            ("threads", torch.get_num_threads(), "for every provider")):
+        command.add_argument(f"--{name}", type=int, default=default,
+                             help=f"{about} (default: {default})")
+    command.add_argument("--json", help="write every figure to this file")
+    command.add_argument("--plots", help="draw pictures into this folder")
+    command.set_defaults(run=models.run)
+    command = commands.add_parser(
         "counts", help="count what the CUDA kernels ask of an A100, on the virtual one",
         description=counts.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--ops", nargs="+", choices=sorted({case.op for case in counts.CASES}),
@@ -113,7 +135,7 @@ def main():
                          help="picture of a step (default: %(default)s)")
     command.set_defaults(run=overlap.run)
     args = parser.parse_args()
-    args.run(args)
+    sys.exit(args.run(args))
 
 
 if __name__ == "__main__":
