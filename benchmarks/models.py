@@ -134,13 +134,13 @@ def loss_and_gradient(entrant, tokens, targets):
     return loss.detach().float(), gradient
 
 
-def wrong_training(entrant, reference, tokens, targets):
-    """Why an Entrant's training step is not that of the reference, a sentence, or None."""
+def wrong_training(entrant, tokens, targets, true):
+    """Why an Entrant's training step is not right, a sentence, or None; true: what
+    loss_and_gradient() gives of the reference."""
     allowed = ALLOWED_ERROR[next(entrant.module.parameters()).dtype]
-    for what, got, true in zip(("loss", "gradient of the embeddings"),
-                               loss_and_gradient(entrant, tokens, targets),
-                               loss_and_gradient(reference, tokens, targets)):
-        error = ((got - true).norm() / true.norm()).item()
+    for what, got, expected in zip(("loss", "gradient of the embeddings"),
+                                   loss_and_gradient(entrant, tokens, targets), true):
+        error = ((got - expected).norm() / expected.norm()).item()
         limit = allowed * (1 if what == "loss" else 3)  # a chain of many roundings
         if not error <= limit:
             return f"{what}: expected an error of at most {limit:g}, got {error:.3g}"
@@ -184,7 +184,7 @@ def _row(config, size, detail, dtype, direction, **rest):
     shape = f"{size} {config.dim} x {config.n_layers}, {detail}"
     name = next(name for name in DTYPES if DTYPES[name] == dtype)
     return {"op": "model", "shape": shape, "dtype": name, "direction": direction,
-            "unit": "tokens/s", **rest}
+            "unit": "tokens", **rest}
 
 
 def training_row(clock, model, found, size, batch, length, rounds):
@@ -193,16 +193,15 @@ def training_row(clock, model, found, size, batch, length, rounds):
     config, weight = model.config, model.tok_embeddings.weight
     ids = torch.randint(config.vocab_size, (batch, length + 1), device=weight.device)
     tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    limits = Limits(clock, weight.dtype, 1)
+    limits = Limits(clock, weight.dtype)
     work, flops = tokens.numel(), tokens.numel() * flops_per_token(config, length)
     row = _row(config, size, f"{batch} x {length}", weight.dtype, "training step", work=work,
                limit="matmul", providers={}, left_out={}, wrong={})
     if flops / limits.native > LONGEST:
         reason = f"matrices in this dtype are multiplied at {limits.native / 1e9:.2g} GFLOP/s here"
-        return row | {"limit_rate": limits.rate["matmul"], "left_out": dict.fromkeys(found, reason)}
-    reference = found.get(REFERENCE, found[result.OURS])
-    right, row["left_out"], row["wrong"] = _checked(found, wrong_training, reference, tokens,
-                                                    targets)
+        return row | {"limit_rate": None, "left_out": dict.fromkeys(found, reason)}
+    true = loss_and_gradient(found.get(REFERENCE, found[result.OURS]), tokens, targets)
+    right, row["left_out"], row["wrong"] = _checked(found, wrong_training, tokens, targets, true)
     kept, peaks = {}, {}
     for name, entrant in right.items():
         kept[name] = kept_bytes(lambda _, *args: entrant.loss(*args), entrant.module,
@@ -213,11 +212,11 @@ def training_row(clock, model, found, size, batch, length, rounds):
             peaks[name] = {"peak_bytes": torch.cuda.max_memory_allocated()}
     times = interleave(clock, {name: step(entrant, tokens, targets)
                                for name, entrant in right.items()}
-                       | {"limit": limits.stages["matmul"]}, rounds)
-    row["limit_rate"] = limits.rate_of("matmul", times.pop("limit"))
+                       | {"matmul": limits.stages["matmul"]}, rounds, 0)
+    row["limit_rate"] = limits.rate("matmul", times)
     row["providers"] = {name: result.entry(
         [sum(stages) for stages in times[name]], work, flops / row["limit_rate"],
-        kept_bytes=kept[name], **peaks.get(name, {})) for name in times}
+        kept_bytes=kept[name], **peaks.get(name, {})) for name in right}
     return row
 
 
@@ -225,7 +224,7 @@ def generation_rows(clock, model, found, size, batch, length, new, rounds):
     """The rows of the prompt and of decoding `new` further tokens."""
     config, weight = model.config, model.tok_embeddings.weight
     prompt = torch.randint(config.vocab_size, (batch, length), device=weight.device)
-    limits = Limits(clock, weight.dtype, 1)
+    limits = Limits(clock, weight.dtype)
     right, left_out, wrong = found, {}, {}
     if REFERENCE in found:
         right, left_out, wrong = _checked(found, wrong_generation, found[REFERENCE], prompt,
@@ -234,8 +233,8 @@ def generation_rows(clock, model, found, size, batch, length, new, rounds):
     for name, entrant in right.items():
         calls[name, 1] = [lambda entrant=entrant: entrant.generate(prompt, 1)]
         calls[name, new] = [lambda entrant=entrant: entrant.generate(prompt, 1 + new)]
-    times = interleave(clock, calls | {what: limits.stages[what] for what in limits.stages}, rounds)
-    rates = {what: limits.rate_of(what, times[what]) for what in limits.stages}
+    times = interleave(clock, calls | limits.stages, rounds)
+    rates = {what: limits.rate(what, times) for what in limits.stages}
     output = 2 * config.vocab_size * config.dim  # FLOPs; of the last token alone
     flops = batch * (length * (flops_per_token(config, length, training=False) - output) + output)
     weights = sum(p.nbytes for name, p in model.named_parameters()

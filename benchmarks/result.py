@@ -1,6 +1,7 @@
 """A result: its rows, the machine they come from, the table that is printed and the JSON file.
 
-A row is a dict: op, shape, dtype, direction; unit and work (units in a call); limit, "copy" or
+A row is a dict: op, shape, dtype, direction; unit ("B", "FLOP" or "tokens") and work (units in a
+call); limit, "copy" or
 "matmul", and limit_rate, measured in the row's own rounds; providers, {name: {"seconds", "p20",
 "p80", "rate" (units per second), "share" (of the limit), ...}}; left_out and wrong, {name: reason}.
 """
@@ -25,7 +26,6 @@ from .timing import spread
 
 FORMAT = 1  # of the JSON
 OURS = "llama_ext"
-SCALES = {"GB/s": 1e9, "TFLOP/s": 1e12, "tokens/s": 1}
 
 
 def entry(samples, work, ideal, **more):
@@ -127,6 +127,14 @@ def _width(name):
     return max(6, min(len(name), 12) + 2)
 
 
+def rate_text(rate, unit):
+    """A rate with its unit: "29.3 GB/s", "180 GFLOP/s", "4,120 tokens/s"."""
+    if unit == "tokens":
+        return f"{rate:,.{0 if rate >= 100 else 1}f} tokens/s"
+    scale, prefix = (1e12, "T") if rate >= 1e12 and unit == "FLOP" else (1e9, "G")
+    return f"{rate / scale:.4g} {prefix}{unit}/s"
+
+
 def line(row, names):
     """A row as a line under columns()."""
     ours = row["providers"].get(OURS)
@@ -134,7 +142,7 @@ def line(row, names):
         times = f"{'-':>9} {'':>15} {'-':>14}"
     else:
         between = f"{ours['p20'] * 1e3:.3f} - {ours['p80'] * 1e3:.3f}"
-        rate = f"{ours['rate'] / SCALES[row['unit']]:.4g} {row['unit']}"
+        rate = rate_text(ours["rate"], row["unit"])
         times = f"{ours['seconds'] * 1e3:9.3f} {between:>15} {rate:>14}"
     shares = [f"{row['providers'][name]['share'] * 100:.0f}" if name in row["providers"] else "-"
               for name in names]
