@@ -31,12 +31,14 @@ def _numbers(command, **numbers):
                              help=f"{about} (default: {default})")
 
 
-def _outputs(command):
-    command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"],
-                         help="default: fp32 bf16")
+def _timed(command, rounds):
+    """The options of commands that time; those not given are None."""
+    command.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: fp32 bf16")
+    command.add_argument("--rounds", type=positive, help=f"timing rounds (default: {rounds})")
+    command.add_argument("--threads", type=positive, help="threads for every provider (default: "
+                         f"{torch.get_num_threads()})")
     command.add_argument("--json", help="write every figure to this file")
     command.add_argument("--plots", help="draw pictures (PNG and SVG) into this folder")
-    _numbers(command, threads=(torch.get_num_threads(), "threads for every provider"))
 
 
 def _parser():
@@ -55,8 +57,7 @@ def _parser():
     command.add_argument("--sizes", nargs="+", choices=(*cases.SIZES, cases.SWEEP),
                          help="shapes; sweep is attention over the sequence's length (default: "
                               "small, 7B and sweep on a CPU, all but 33B on a GPU)")
-    _numbers(command, rounds=(5, "timing rounds"))
-    _outputs(command)
+    _timed(command, run.DEFAULTS["rounds"])
     command.set_defaults(run=lambda args: (virtual if args.backend == "vgpu" else run).run(args))
 
     command = _command(commands, "models", "a whole model beside transformers", models)
@@ -69,8 +70,8 @@ def _parser():
     command.add_argument("--layers", type=positive, help="default: the size's")
     _numbers(command, batch=(4, "sequences in a training step"),
              tokens=(512, "tokens in each of them"), prompt=(128, "tokens of the prompt"),
-             new=(16, "further tokens"), rounds=(3, "timing rounds"))
-    _outputs(command)
+             new=(16, "further tokens"))
+    _timed(command, models.DEFAULTS["rounds"])
     command.set_defaults(run=models.run)
 
     command = _command(commands, "compare", "two JSON files: what became faster or slower", compare)

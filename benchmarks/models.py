@@ -35,6 +35,7 @@ REFERENCE = "hf"
 PROVIDERS = (result.OURS, REFERENCE, "hf-compile", "hf-patched")
 SIZES = ("small", "tiny", "7B", "13B", "33B", "65B")
 SMALL = {"dim": 512, "n_layers": 8, "n_heads": 8, "hidden_dim": 1408}
+DEFAULTS = {"rounds": 3, "dtypes": ("fp32", "bf16"), "threads": torch.get_num_threads()}
 LONGEST = 60  # seconds of a training step's FLOPs at the rate of a product: longer is left out
 
 
@@ -272,6 +273,8 @@ def missing():
 
 
 def run(args):
+    """Exit code of `python -m benchmarks models`."""
+    result.fill(args, DEFAULTS)
     clock = Clock(args.backend)
     names = [name for name in PROVIDERS if name == result.OURS or name in (args.peers or PROVIDERS)]
     absent = missing()

@@ -1,12 +1,13 @@
 """A result: its rows, the machine they come from, the table that is printed and the JSON file.
 
 A row is a dict: op, shape, dtype, direction; unit ("B", "FLOP" or "tokens") and work (units in a
-call); limit, "copy" or
-"matmul", and limit_rate, measured in the row's own rounds; providers, {name: {"seconds", "p20",
-"p80", "rate" (units per second), "share" (of the limit), ...}}; left_out and wrong, {name: reason}.
+call); limit, "copy" or "matmul", and limit_rate, measured in the row's own rounds; providers, {name:
+{"seconds", "p20", "p80", "rate" (units per second), "share" (of the limit), ...}}; left_out and
+wrong, {name: reason}.
 """
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -89,6 +90,29 @@ def save(path, about, rows):
     write_atomically(path, text.encode())
 
 
+def fill(args, defaults):
+    """Give the options that are None their defaults."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def check_outputs(args):
+    """Raises ValueError, before anything is measured, where the result could not be written."""
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json: expected a file in a folder that exists, got {args.json}")
+    if args.plots and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plots: expected matplotlib, which is not installed")
+
+
+def write(args, about, rows):
+    """What --json and --plots ask for."""
+    if args.json:
+        save(args.json, about, rows)
+    if args.plots:
+        plots.draw(about, rows, args.plots)
+
+
 def load(path):
     """The dict that save() wrote. Raises ValueError for a file that is none."""
     try:
@@ -168,6 +192,7 @@ class Report:
     threads; names: providers, ours first; absent: {provider: why it cannot run here}."""
 
     def __init__(self, args, names, absent):
+        check_outputs(args)
         reuse_freed_memory()
         torch.set_num_threads(args.threads)
         self.args, self.rows = args, []
@@ -190,10 +215,7 @@ class Report:
             print(f"left out: {name} in {where}")
         for name, where in _reasons(self.rows, "wrong"):
             print(f"WRONG, not timed: {name} in {where}")
-        if self.args.json:
-            save(self.args.json, self.about, self.rows)
-        if self.args.plots:
-            plots.draw(self.about, self.rows, self.args.plots)
+        write(self.args, self.about, self.rows)
         return int(any(row["wrong"] for row in self.rows))
 
 

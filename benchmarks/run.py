@@ -20,8 +20,8 @@ from .timing import ALLOWED_ERROR, DTYPES, Clock, Limits, interleave
 
 LONGEST = 2.0  # seconds of a case's forward and backward at the rate of a product
 OWN_PRODUCTS = ("attention", "linear_int8")  # ops in which ours does not multiply by torch
-DEFAULT_SIZES = {"cpu": ("small", "7B", "sweep"),
-                 "cuda": ("small", "7B", "13B", "65B", "sweep")}
+SIZES = {"cpu": ("small", "7B", "sweep"), "cuda": ("small", "7B", "13B", "65B", "sweep")}
+DEFAULTS = {"rounds": 5, "dtypes": ("fp32", "bf16"), "threads": torch.get_num_threads()}
 UNITS = {"copy": "B", "matmul": "FLOP"}
 
 
@@ -195,14 +195,14 @@ def geometric_means(rows):
 
 def run(args):
     """Exit code of `python -m benchmarks run`."""
-    clock = Clock(args.backend)
-    names = providers.chosen(args.peers)
+    result.fill(args, DEFAULTS)
+    clock, names = Clock(args.backend), providers.chosen(args.peers)
     absent = {name: reason for name in names
               if (reason := providers.PROVIDERS[name].missing(args.backend))}
     report = result.Report(args, names, absent)
     report.about["providers"] = {name: providers.PROVIDERS[name].version()
                                  for name in report.names}
-    found = {(case.op, case.shape): case for size in args.sizes or DEFAULT_SIZES[args.backend]
+    found = {(case.op, case.shape): case for size in args.sizes or SIZES[args.backend]
              for case in cases.of_size(size, args.backend) if case.op in (args.ops or [case.op])}
     limits = {name: Limits(clock, DTYPES[name]) for name in args.dtypes}
     work = [(case, name) for case in found.values() for name in args.dtypes]
