@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from llama_ext.errors import LlamaExtError
+
 from . import (baseline, cases, compare, counts, memory, models, overlap, providers, run, virtual)
 from .a100 import model, report
 from .timing import DTYPES
@@ -118,7 +120,7 @@ def main(arguments=None):
     args = _parser().parse_args(arguments)
     try:
         return args.run(args) or 0
-    except ValueError as error:
+    except LlamaExtError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
 

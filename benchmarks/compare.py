@@ -6,6 +6,8 @@ is worse where its share fell by more than the threshold; where the time alone g
 limit fell too, and the machine is the likelier cause.
 """
 
+from llama_ext.errors import LlamaExtError
+
 from . import result
 
 
@@ -41,13 +43,13 @@ def differences(old, new):
 
 def run(args):
     if not 0 <= args.threshold < 100:
-        raise ValueError(f"--threshold: expected 0 to 100 per cent, got {args.threshold}")
+        raise LlamaExtError(f"--threshold: expected 0 to 100 per cent, got {args.threshold}")
     old, new = result.load(args.old), result.load(args.new)
     for sentence in differences(old, new):
         print(sentence)
     rows = compared(old, new, args.threshold / 100)
     if not rows:
-        raise ValueError(f"{args.new}: expected rows that {args.old} has too, got none")
+        raise LlamaExtError(f"{args.new}: expected rows that {args.old} has too, got none")
     print(f"{'op':20} {'shape':26} {'dtype':5} {'direction':16} {'speed':>6} {'share':>6}")
     for row in rows:
         op, shape, dtype, direction = row["key"]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llama_ext as lx
+from llama_ext.errors import LlamaExtError
 
 EPS = 1e-6
 SCORES = 1 << 27  # elements of a score matrix up to which it is held whole
@@ -305,9 +306,9 @@ PROVIDERS = {provider.name: provider for provider in (
 
 
 def chosen(peers):
-    """Names: ours and those of `peers`, or all. Raises ValueError for an unknown one."""
+    """Names: ours and those of `peers`, or all. Raises LlamaExtError for an unknown one."""
     known = list(PROVIDERS)[1:]
     for name in peers or []:
         if name not in known:
-            raise ValueError(f"--peers: expected some of {', '.join(known)}, got {name}")
+            raise LlamaExtError(f"--peers: expected some of {', '.join(known)}, got {name}")
     return [list(PROVIDERS)[0], *(name for name in known if name in (peers or known))]

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import llama_ext as lx
+from llama_ext.errors import LlamaExtError
 from llama_ext.files import write_atomically
 from llama_ext.memory import reuse_freed_memory
 
@@ -98,11 +99,11 @@ def fill(args, defaults):
 
 
 def check_outputs(args):
-    """Raises ValueError, before anything is measured, where the result could not be written."""
+    """Raises LlamaExtError, before anything is measured, where the result could not be written."""
     if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json: expected a file in a folder that exists, got {args.json}")
+        raise LlamaExtError(f"--json: expected a file in a folder that exists, got {args.json}")
     if args.plots and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plots: expected matplotlib, which is not installed")
+        raise LlamaExtError("--plots: expected matplotlib, which is not installed")
 
 
 def write(args, about, rows):
@@ -114,13 +115,13 @@ def write(args, about, rows):
 
 
 def load(path):
-    """The dict that save() wrote. Raises ValueError for a file that is none."""
+    """The dict that save() wrote. Raises LlamaExtError for a file that is none."""
     try:
         found = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected the JSON of a benchmark, got {error}") from None
+        raise LlamaExtError(f"{path}: expected the JSON of a benchmark, got {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT or "rows" not in found:
-        raise ValueError(f"{path}: expected the JSON of a benchmark, format {FORMAT}, got another "
+        raise LlamaExtError(f"{path}: expected the JSON of a benchmark, format {FORMAT}, got another "
                          "file")
     return found
 

@@ -6,6 +6,8 @@ times by the model of an A100 (a100/) and shares of the data sheet's limit. SOUR
 functions that give them.
 """
 
+from llama_ext.errors import LlamaExtError
+
 from . import attention_counts, baseline, counts, result
 from .a100 import report
 from .a100.model import GPUS, causal_flops
@@ -63,8 +65,9 @@ def run(args):
     """Exit code of `python -m benchmarks run --backend vgpu`."""
     for name in ("peers", "sizes", "dtypes", "rounds", "threads"):
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name}: expected none with --backend vgpu, where nothing is timed")
+            raise LlamaExtError(f"--{name}: expected none with --backend vgpu, which times nothing")
     result.check_outputs(args)
+    counts.vgpu()  # before any op is called
     names = [result.OURS, PEER]
     about = {**result.machine("cpu", 0), "device": f"{GPU}, virtual", "label": "counted and modelled"}
     print(f"llama_ext {about['llama_ext']} ({about['commit'] or 'no git checkout'}) on a virtual "
