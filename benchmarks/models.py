@@ -274,7 +274,7 @@ def missing():
 
 def run(args):
     """Exit code of `python -m benchmarks models`."""
-    result.fill(args, DEFAULTS)
+    result.prepare(args, DEFAULTS)
     clock = Clock(args.backend)
     names = [name for name in PROVIDERS if name == result.OURS or name in (args.peers or PROVIDERS)]
     absent = missing()

@@ -91,8 +91,12 @@ def save(path, about, rows):
     write_atomically(path, text.encode())
 
 
-def fill(args, defaults):
-    """Give the options that are None their defaults."""
+def prepare(args, defaults):
+    """Give the options that are None their defaults. Raises LlamaExtError for a device that is not
+    there."""
+    if args.backend == "cuda" and not torch.cuda.is_available():
+        raise LlamaExtError("--backend: expected cpu or vgpu where torch sees no CUDA device, got "
+                            "cuda")
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -195,7 +195,7 @@ def geometric_means(rows):
 
 def run(args):
     """Exit code of `python -m benchmarks run`."""
-    result.fill(args, DEFAULTS)
+    result.prepare(args, DEFAULTS)
     clock, names = Clock(args.backend), providers.chosen(args.peers)
     absent = {name: reason for name in names
               if (reason := providers.PROVIDERS[name].missing(args.backend))}
