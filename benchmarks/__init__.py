@@ -1,4 +1,4 @@
-"""Times llama_ext's operations beside what else does the same job; see `python -m benchmarks -h`."""
+"""Times llama_ext's ops and models beside what else does the same: `python -m benchmarks -h`."""
 
 import os
 

@@ -92,7 +92,8 @@ def _parser():
                          help="renew benchmarks/baseline.json, which the tests compare with")
     command.set_defaults(run=lambda args: baseline.save() if args.save else counts.run(args))
 
-    command = _command(commands, "a100", "modelled times on an A100, and the model's check", report)
+    command = _command(commands, "a100", "modelled times of the kernels on an A100, and the "
+                       "models' checks", report)
     command.add_argument("--gpu", choices=model.GPUS, default="A100-80GB",
                          help="which GPU (default: %(default)s)")
     command.set_defaults(run=report.run)

@@ -1,5 +1,6 @@
 """The static figures of the CUDA kernels, kept in baseline.json: registers of every kernel for
-sm_80, traffic of the ops (counts.py), hot loops and traffic of attention (attention_counts.py).
+sm_80, traffic of the ops (counts.py), hot loops and traffic of attention (attention_counts.py),
+and what the model of bandwidth-bound launches needs (launches.py).
 
 tests/test_cuda_baseline.py fails where one has become worse; `python -m benchmarks counts --save`
 renews the file.
@@ -12,10 +13,11 @@ from pathlib import Path
 from llama_ext.files import write_atomically
 
 from . import attention_counts, counts
+from . import launches as launch_counts
 
 PATH = Path(__file__).with_name("baseline.json")
 TOLERANCE = 1.02
-MORE_IS_BETTER = ("in flight", "blocks")
+MORE_IS_BETTER = ("in flight", "blocks", "resident", "teams")
 
 
 def load():
@@ -29,7 +31,8 @@ def save():
 
 def measure():
     """{"nvcc": version, and {group: {what: {figure: number}}} for each group of figures}."""
-    return {"nvcc": nvcc_version(), "kernels": kernels(), "ops": ops(), "attention": attention()}
+    return {"nvcc": nvcc_version(), "kernels": kernels(), "ops": ops(), "attention": attention(),
+            "launches": launches()}
 
 
 def nvcc_version():
@@ -61,6 +64,12 @@ def attention():
     of = attention_counts
     return {f"{part.name} d{D}": of.machine_code(part, D) | of.traffic(part, D)
             for D, parts in of.PARTS.items() for part in parts}
+
+
+def launches():
+    return {name: figures for scaled in launch_counts.CASES
+            for size in scaled.sizes
+            for name, figures in launch_counts.measure(scaled, size).items()}
 
 
 def worse(before, now):

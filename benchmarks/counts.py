@@ -49,7 +49,7 @@ def _moves(call, *tensors):
     return call, sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _rmsnorm(residual, backward, rows=4096):
+def rmsnorm(residual, backward, rows=4096):
     def prepare():
         x, other, dh, w = *(_rand(rows, C) for _ in range(3)), _rand(C)
         rstd = torch.rand(rows) + 0.5
@@ -67,7 +67,7 @@ def _rmsnorm(residual, backward, rows=4096):
                 "backward" if backward else "forward", f"{rows} x {C}", prepare)
 
 
-def _swiglu(halves, backward, rows=512):
+def swiglu(halves, backward, rows=512):
     def prepare():
         gate_up = _rand(rows, 2 * F)
         gate, up = gate_up.chunk(2, -1) if halves else (_rand(rows, F), _rand(rows, F))
@@ -81,7 +81,7 @@ def _swiglu(halves, backward, rows=512):
                 f"{rows} x {F}{' in halves' if halves else ''}", prepare)
 
 
-def _rope(interleaved, batch, inverse=False, tokens=2048):
+def rope(interleaved, batch, inverse=False, tokens=2048):
     """q and k of a fused projection; batch > 1: with a table for each sequence."""
     T = tokens // batch
 
@@ -95,7 +95,7 @@ def _rope(interleaved, batch, inverse=False, tokens=2048):
                 f"{batch} x {T} x ({H} + {H}) x {D}{'' if interleaved else ' halves'}", prepare)
 
 
-def _cross_entropy(backward, V, rows):
+def cross_entropy(backward, V, rows):
     def prepare():
         logits, target = _rand(rows, V), torch.randint(V, (rows,))
         loss, lse, one = torch.rand(rows), torch.rand(rows) + 10, torch.tensor(0.1)
@@ -108,7 +108,7 @@ def _cross_entropy(backward, V, rows):
     return Case("cross_entropy", "backward" if backward else "forward", f"{rows} x {V}", prepare)
 
 
-def _linear_int8(rows, N=2048):
+def linear_int8(rows, N=2048):
     def prepare():
         w, scale = torch.randint(-127, 128, (N, C), dtype=torch.int8), torch.rand(N)
         x = _rand(rows, C)
@@ -117,12 +117,12 @@ def _linear_int8(rows, N=2048):
 
 
 CASES = [
-    *(_rmsnorm(residual, backward) for residual in (False, True) for backward in (False, True)),
-    *(_swiglu(halves, backward) for halves in (False, True) for backward in (False, True)),
-    _rope(True, 1), _rope(False, 1), _rope(True, 4), _rope(True, 1, inverse=True),
-    *(_cross_entropy(backward, V, rows) for V, rows in ((32000, 256), (262144, 32), (32001, 256))
+    *(rmsnorm(residual, backward) for residual in (False, True) for backward in (False, True)),
+    *(swiglu(halves, backward) for halves in (False, True) for backward in (False, True)),
+    rope(True, 1), rope(False, 1), rope(True, 4), rope(True, 1, inverse=True),
+    *(cross_entropy(backward, V, rows) for V, rows in ((32000, 256), (262144, 32), (32001, 256))
       for backward in (False, True)),
-    _linear_int8(1), _linear_int8(8),
+    linear_int8(1), linear_int8(8),
 ]
 
 
@@ -146,15 +146,21 @@ def vgpu():
     return library, machine_code
 
 
-def registers_and_loads_in_flight(launch):
-    """Of a launch's kernel; loads in KiB."""
+def machine_code_of(launch):
+    """(resources, instructions) of a launch's kernel."""
     library, machine_code = vgpu()
     for source in library.nvcc.SOURCES:
         known = machine_code.resources(library.CSRC / "cuda" / source.name)
         if launch["kernel"] in known:
             break
-    found, (x, y, z) = known[launch["kernel"]], launch["block"]
-    code = machine_code.instructions(library.CSRC / "cuda" / source.name)[launch["kernel"]]
+    code = machine_code.instructions(library.CSRC / "cuda" / source.name)
+    return known[launch["kernel"]], code[launch["kernel"]]
+
+
+def registers_and_loads_in_flight(launch):
+    """Of a launch's kernel; loads in KiB."""
+    _, machine_code = vgpu()
+    (found, code), (x, y, z) = machine_code_of(launch), launch["block"]
     threads = machine_code.resident_threads(found["registers"], x * y * z, found["shared"])
     return found["registers"], threads * machine_code.loads_in_flight(code) * 16 / 1024
 

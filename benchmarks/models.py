@@ -9,8 +9,8 @@ decode          each further token, greedy; held against the bandwidth of a copy
                 weights, which each of them reads once (reading alone may exceed a copy)
 kept            bytes that autograd keeps of a forward for the backward, per token, weights left out
 
-Providers: llama_ext (lx.Llama); hf (transformers with its sdpa attention); hf-compile (torch.compile
-of that; in generation, its static cache); hf-patched (that with lx.patch_hf). Weights and
+Providers: llama_ext (lx.Llama); hf (transformers with its sdpa attention); hf-compile (that under
+torch.compile; in generation, its static cache); hf-patched (that with lx.patch_hf). Weights and
 activations are in the dtype. Before anything is timed, each one's loss and the gradient of its
 embeddings must be those of hf, and the tokens that it generates must be the most probable ones
 according to hf.

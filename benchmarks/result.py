@@ -1,9 +1,9 @@
 """A result: its rows, the machine they come from, the table that is printed and the JSON file.
 
 A row is a dict: op, shape, dtype, direction; unit ("B", "FLOP" or "tokens") and work (units in a
-call); limit, "copy" or "matmul", and limit_rate, measured in the row's own rounds; providers, {name:
-{"seconds", "p20", "p80", "rate" (units per second), "share" (of the limit), ...}}; left_out and
-wrong, {name: reason}.
+call); limit, "copy" or "matmul", and limit_rate, measured in the row's own rounds; providers,
+{name: {"seconds", "p20", "p80", "rate" (units per second), "share" (of the limit), ...}}; left_out
+and wrong, {name: reason}. Rows of the virtual A100 have a label, "counted" or "modelled".
 """
 
 import datetime
@@ -125,8 +125,8 @@ def load(path):
     except (OSError, ValueError) as error:
         raise LlamaExtError(f"{path}: expected the JSON of a benchmark, got {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT or "rows" not in found:
-        raise LlamaExtError(f"{path}: expected the JSON of a benchmark, format {FORMAT}, got another "
-                         "file")
+        raise LlamaExtError(f"{path}: expected the JSON of a benchmark, format {FORMAT}, got "
+                            "another file")
     return found
 
 

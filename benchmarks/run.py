@@ -4,9 +4,8 @@ For each op and shape, dtype and direction: our time, with its spread, and each 
 the limit. The limit is the larger of two times: that of a copy (beyond the caches) of as many bytes
 as the op must at least move, and that of a matrix product of as many FLOPs as it must compute; both
 rates are measured in the same rounds. "forward" runs without gradients; "backward" is what
-torch.autograd.grad takes within "forward+backward". Each provider's outputs and gradients are
-compared with fp32's before anything is timed: one that is wrong is named and not timed, and the exit
-code is 1.
+torch.autograd.grad takes within "forward+backward". Each provider's outputs and gradients are first
+compared with fp32's: one that is wrong is named and not timed, and the exit code is 1.
 """
 
 import statistics

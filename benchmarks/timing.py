@@ -66,8 +66,8 @@ def interleave(clock, entrants, rounds, round_seconds=0.05):
     """{name: [[seconds of each stage] per round]} of {name: stages}, as for Clock.seconds.
 
     All take turns within each round, so that drift of the machine meets all alike; each turn
-    repeats the call for about round_seconds. Short calls are made twice before, long ones once; with
-    round_seconds 0 nothing is called before, and each turn is one call.
+    repeats the call for about round_seconds. Short calls are made twice before, long ones once;
+    with round_seconds 0 nothing is called before, and each turn is one call.
     """
     repeats, times = dict.fromkeys(entrants, 1), {name: [] for name in entrants}
     for name, stages in entrants.items() if round_seconds else ():

@@ -2,63 +2,78 @@
 
 Rows labelled "counted" hold what the virtual A100 (tests/vgpu) counts of each kernel (counts.py,
 attention_counts.py); they need an nvcc. Rows labelled "modelled" have the form of timed ones, with
-times by the model of an A100 (a100/) and shares of the data sheet's limit. SOURCES lists the
-functions that give them.
+times by the models of an A100 (a100/) and shares of the data sheet's limit.
 """
 
 from llama_ext.errors import LlamaExtError
 
-from . import attention_counts, baseline, counts, result
-from .a100 import report
+from . import attention_counts, baseline, counts, providers, result
+from .a100 import bandwidth_report, report
 from .a100.model import GPUS, causal_flops
 from .a100.published import LENGTHS, TOKENS
 
-GPU = "A100-80GB"
+GPU = GPUS["A100-80GB"]
 PEAK = 312e12  # FLOP/s of its tensor cores in bf16, by the data sheet
 PEER = "flash-attn"
 
 
+def _row(op, shape, direction, **rest):
+    return {"op": op, "shape": shape, "dtype": "bf16", "direction": direction, "providers": {},
+            "left_out": {}, "wrong": {}, **rest}
+
+
 def counted(ops):
     """Rows of what the virtual A100 counts, as they come."""
-    def row(op, shape, direction, figures):
-        return {"op": op, "shape": shape, "dtype": "bf16", "direction": direction,
-                "label": "counted", "figures": figures, "providers": {}, "left_out": {},
-                "wrong": {}}
     for case in counts.CASES:
         if case.op in ops:
-            yield row(case.op, case.shape, case.direction, counts.figures(case))
-    if "attention" in ops:
-        for D, parts in attention_counts.PARTS.items():
-            for part in parts:
-                yield row("attention", f"1 x {attention_counts.T}, d{D}", part.name,
-                          attention_counts.machine_code(part, D) | attention_counts.traffic(part, D))
+            yield _row(case.op, case.shape, case.direction, label="counted",
+                       figures=counts.figures(case))
+    if "attention" not in ops:
+        return
+    for D, parts in attention_counts.PARTS.items():
+        for part in parts:
+            figures = attention_counts.machine_code(part, D) | attention_counts.traffic(part, D)
+            yield _row("attention", f"1 x {attention_counts.T}, d{D}", part.name, label="counted",
+                       figures=figures)
+
+
+def _modelled(op, shape, direction, unit, work, limit, peak, seconds, **rest):
+    """A row of modelled seconds, {provider: seconds}."""
+    return _row(op, shape, direction, label="modelled", unit=unit, work=work, limit=limit,
+                limit_rate=peak, **rest) | {
+        "providers": {name: result.entry([s], work, work / peak) for name, s in seconds.items()}}
 
 
 def modelled_attention(ops):
     """Rows of attention's modelled times, ours beside FlashAttention-2's, by the same model."""
-    if "attention" not in ops:
-        return
-    figures, gpu = baseline.load()["attention"], GPUS[GPU]
-    for D in attention_counts.PARTS:
+    figures = baseline.load()["attention"]
+    for D in attention_counts.PARTS if "attention" in ops else ():
         for T in LENGTHS:
             heads = report.heads(T, D)
-            forward, backward = zip(report.our_seconds(gpu, T, D, figures),
-                                    report.flash_attention_2_seconds(gpu, T, D))
-            flops = causal_flops(T, D, heads)
+            forward, backward = zip(report.our_seconds(GPU, T, D, figures),
+                                    report.flash_attention_2_seconds(GPU, T, D))
             options = {"T": T, "S": T, "D": D, "H": heads * T // TOKENS}
+            shape = f"{TOKENS // T} x {T}, {options['H']} heads, d{D}"
             for direction, seconds, weight in (
                     ("forward", forward, 1), ("backward", backward, 2.5),
                     ("forward+backward", [f + b for f, b in zip(forward, backward)], 3.5)):
-                work = weight * flops
-                yield {"op": "attention", "shape": f"{TOKENS // T} x {T}, {options['H']} heads, d{D}",
-                       "dtype": "bf16", "direction": direction, "label": "modelled",
-                       "options": options, "unit": "FLOP", "work": work, "limit": "matmul",
-                       "limit_rate": PEAK, "left_out": {}, "wrong": {},
-                       "providers": {name: result.entry([s], work, work / PEAK)
-                                     for name, s in zip((result.OURS, PEER), seconds)}}
+                yield _modelled("attention", shape, direction, "FLOP",
+                                weight * causal_flops(T, D, heads), "matmul", PEAK,
+                                dict(zip((result.OURS, PEER), seconds)), options=options)
 
 
-SOURCES = (counted, modelled_attention)
+def modelled_bandwidth(ops):
+    """Rows of the modelled times of the ops that memory limits."""
+    for what, size, ms, rate, _ in bandwidth_report.ours(GPU, baseline.load()["launches"]):
+        op, _, detail = what.partition(" ")
+        if op in ops:
+            direction = detail if detail in ("forward", "backward") else "forward"
+            of = f"{detail} -> {size}" if op == "linear_int8" else f"{size} rows"
+            yield _modelled(op, of, direction, "B", rate * 1e9 * ms / 1e3, "copy", GPU.bandwidth,
+                            {result.OURS: ms / 1e3})
+
+
+SOURCES = (counted, modelled_bandwidth, modelled_attention)
 
 
 def run(args):
@@ -69,13 +84,13 @@ def run(args):
     result.check_outputs(args)
     counts.vgpu()  # before any op is called
     names = [result.OURS, PEER]
-    about = {**result.machine("cpu", 0), "device": f"{GPU}, virtual", "label": "counted and modelled"}
+    about = {**result.machine("cpu", 0), "device": f"{GPU.name}, virtual",
+             "label": "counted and modelled"}
     print(f"llama_ext {about['llama_ext']} ({about['commit'] or 'no git checkout'}) on a virtual "
-          f"{GPU}: NOTHING IS TIMED")
+          f"{GPU.name}: NOTHING IS TIMED; of each limit the data sheet's")
     rows, shown = [], None
     for source in SOURCES:
-        for row in source(args.ops or list(dict.fromkeys(case.op for case in counts.CASES))
-                          + ["attention"]):
+        for row in source(args.ops or providers.OURS):
             rows.append(row)
             if row["label"] != shown:
                 shown = row["label"]

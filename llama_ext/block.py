@@ -5,8 +5,8 @@ The forward keeps what is expensive to make again: the linear layers' outputs (q
 after their rotation), the attention's output and log-sum-exp, and the residual stream as it came
 in. The backward makes the cheap rest again with the fused kernels: both norms and the SwiGLU
 product. No matrix product and no attention runs twice. Kept per token, in elements:
-4 C + 2 Hkv D + 2 F, and H fp32 numbers. C of it is the stream, which under autocast is fp32: that
-is why wo's output is kept and not the stream behind it, their sum.
+2 C + 2 H D + 2 Hkv D + 2 F, and H fp32 numbers. C of it is the stream, which under autocast is
+fp32: that is why wo's output is kept and not the stream behind it, their sum.
 
 B batch, T tokens, C width, H heads, Hkv key/value heads, D head dim, F feed-forward width.
 """

@@ -3,7 +3,8 @@
     RUN/step-00001000/
       model.safetensors      weights under Meta's names
       config.json            the model's shape
-      tokenizer.model        the tokenizer, so that the folder is all that generation needs
+      tokenizer.model        the tokenizer, so that the folder is all that generation needs; in a
+                             converted model all files of its tokenizer (release_tokenizers.FILES)
       training.safetensors   "optimizer/<parameter>/<slot>" tensors, "rng/cpu", and where
                              the model is on a GPU "rng/cuda"
       state.json             step, the trainer's state, size and CRC-32 of every other file and of
@@ -34,7 +35,7 @@ from .errors import LlamaExtError
 from .files import fsync_folder, seal, unseal
 from .model import Llama, LlamaConfig
 from .quantize import Int8Linear, quantize, quantize_
-from .tokenizer import Tokenizer
+from .release_tokenizers import check_fits, load_tokenizer
 
 _STEP = re.compile(r"step-(\d{8,})")
 _TEMP = ".tmp-"
@@ -193,11 +194,11 @@ def load_model(path, device=None, dtype=None, before=None, int8=False):
 
     int8: linear layers become Int8Linear, quantised one by one as they are read, so that no more
     than one is ever held in full. A checkpoint that was saved quantised is loaded as it is.
-    Raises LlamaExtError naming the file that is missing or damaged.
+    Raises LlamaExtError naming the file that is missing or damaged, and for a tokenizer with more
+    ids than the model has embeddings.
     """
     path = Path(path)
-    names = ("config.json", "model.safetensors", "tokenizer.model")
-    if fault := _fault(path, None if (path / _SHARDS).is_dir() else names):
+    if fault := _fault(path, but="training.safetensors"):
         raise LlamaExtError(fault)
     config = LlamaConfig.from_dict(json.loads((path / "config.json").read_bytes()))
     stored = _shapes(path, _WHOLE[:1])
@@ -211,7 +212,8 @@ def load_model(path, device=None, dtype=None, before=None, int8=False):
         model = Llama(config, dtype=dtype)
         if int8 or quantized:
             quantize_(model)
-    tokenizer = Tokenizer(path / "tokenizer.model")
+    tokenizer = load_tokenizer(path)
+    check_fits(path, tokenizer, config.vocab_size)
     if before is not None:
         before(model, tokenizer)
     _fitting(path, weights(), stored)
@@ -311,18 +313,18 @@ def _is_on_cuda(model):
     return next(model.parameters()).is_cuda
 
 
-def _fault(path, names=None):
-    """None when the files `names` (default: all) of the checkpoint `path` are as they were
-    written, else what is wrong."""
-    faults = ranks.gather(_fault_of_part(path, names))
+def _fault(path, but=None):
+    """None when the files of the checkpoint `path`, `but` one, are as they were written, else what
+    is wrong."""
+    faults = ranks.gather(_fault_of_part(path, but))
     return next((fault for fault in faults if fault), None)
 
 
-def _fault_of_part(path, names):
+def _fault_of_part(path, but):
     manifest = path / "state.json"
     try:
         files = unseal(manifest.read_bytes())["files"]
-        for name in (names or list(files))[ranks.rank()::ranks.world()]:
+        for name in [name for name in files if name != but][ranks.rank()::ranks.world()]:
             file, size = path / name, (path / name).stat().st_size
             expected = files[name]
             if size != expected["bytes"]:

@@ -177,6 +177,8 @@ def _generate_options(parser):
     parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line; in a "
                         ".jsonl file, each line an object with the entry \"prompt\" "
                         "(default: none)")
+    parser.add_argument("--special-tokens", action="store_true", help="read the special tokens' "
+                        "texts in prompts, such as <|eot_id|>, as these tokens (else as text)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens to add at most; "
                         "fewer where the text ends or fills the model's context "
                         "(default: %(default)s)")
@@ -204,14 +206,17 @@ def _run_generate(options):
     from . import checkpoint, footprint
     from .generate import stream_text
 
-    run, file, jsonl, plan, int8 = map(options.pop,
-                                       ("run", "prompts_file", "jsonl", "plan", "int8"))
+    run, file, special, jsonl, plan, int8 = map(
+        options.pop, ("run", "prompts_file", "special_tokens", "jsonl", "plan", "int8"))
     device, dtype = _device_and_dtype(options)
     prompts = _read_prompts(options.pop("prompt"), file)
 
+    def start(model, tokenizer):
+        ids = [tokenizer.encode(prompt, bos=True, special=special) for prompt in prompts]
+        return stream_text(model, tokenizer, ids, **options), [*map(len, ids)]
+
     def before(model, tokenizer):
-        stream_text(model, tokenizer, prompts, **options)  # for the errors in prompts and options
-        lengths = [len(tokenizer.encode(prompt, bos=True)) for prompt in prompts]
+        _, lengths = start(model, tokenizer)  # also for the errors in prompts and options
         needed = footprint.footprint(model, dtype, lengths, options["max_new_tokens"],
                                      options["batch_size"])
         if plan:
@@ -223,7 +228,7 @@ def _run_generate(options):
 
     model, tokenizer = checkpoint.load_model(checkpoint.find(run), device, dtype, before,
                                              int8)
-    pieces = stream_text(model, tokenizer, prompts, **options)
+    pieces, _ = start(model, tokenizer)
     sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every character
     for i, (prompt, texts) in enumerate(zip(prompts, _in_order(pieces, len(prompts)))):
         if jsonl:

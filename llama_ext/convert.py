@@ -19,10 +19,9 @@ from .errors import LlamaExtError
 from .files import fsync_folder, seal
 from .formats import (FLOATS, hf_name, is_rotated, open_weights, to_half, to_hf_config,
                       to_meta_params)
+from .release_tokenizers import FILES, check_fits, load_tokenizer
 
 FORMATS = ("hf", "meta", "ours")
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-                    "special_tokens_map.json", "generation_config.json")
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _UNITS = {"": 1, "K": 10 ** 3, "M": 10 ** 6, "G": 10 ** 9}
 
@@ -75,7 +74,7 @@ def write(weights, out, to, dtype=None, shard_size="5GB"):
     out, dtype = Path(out), parse_dtype(dtype)
     entries = {name: entry._replace(dtype=dtype or entry.dtype)
                for name, entry in weights.tensors.items()}
-    extra, tokenizer, lacks = _tokenizer(weights, to)
+    tokenizer, beside, extra, lacks = _tokenizer(weights, to)
     write_tensors, config = {
         "hf": (_write_hf, lambda: to_hf_config(weights.config,
                                                entries["tok_embeddings.weight"].dtype)),
@@ -89,6 +88,8 @@ def write(weights, out, to, dtype=None, shard_size="5GB"):
         temp.mkdir()
         for file in tokenizer:
             shutil.copyfile(file, temp / file.name)
+        for name, content in beside.items():
+            _write_json(temp / name, content)
         _write_json(temp / ("params.json" if to == "meta" else "config.json"), {**config, **extra})
         write_tensors(temp, weights.config, entries, parse_size(shard_size))
         for file in temp.iterdir():
@@ -105,51 +106,33 @@ def write(weights, out, to, dtype=None, shard_size="5GB"):
 
 
 def _tokenizer(weights, to):
-    """(special ids for config.json, files to copy, what generation lacks) of the tokenizer beside
-    the weights. Raises LlamaExtError when it has more pieces than the model has embeddings."""
-    folder, extra = weights.tokenizer, {}
-    files = [folder / name for name in _TOKENIZER_FILES if folder and (folder / name).is_file()]
-    lacks = "generate needs tokenizer.model, which is not beside the weights"
-    if files and files[0].name == "tokenizer.model":
-        pieces, extra, lacks = _read_tokenizer(files[0])
-        if pieces > weights.config.vocab_size:
-            raise LlamaExtError(f"{files[0]}: expected at most vocab_size = "
-                                f"{weights.config.vocab_size} pieces, got {pieces}")
-    if to == "ours":
-        files = [] if lacks else files[:1]
-    elif to == "meta":
-        files = [file for file in files if file.name == "tokenizer.model"]
-    return (extra if to == "hf" else {}), files, lacks
-
-
-def _read_tokenizer(file):
-    """(pieces, special ids, what generation lacks) of a tokenizer.model, ours or not."""
-    import sentencepiece
-
-    from .tokenizer import Tokenizer
-
+    """(files to copy, {name: JSON object} to write beside them, special ids for config.json, what
+    generation lacks) of the tokenizer beside the weights. Raises LlamaExtError when it has more ids
+    than the model has embeddings."""
+    folder = weights.tokenizer
+    files = {name: folder / name for name in FILES if folder and (folder / name).is_file()}
+    if not {"tokenizer.model", "tokenizer.json"} & files.keys():
+        return files.values(), {}, {}, ("generate needs tokenizer.model or tokenizer.json, and "
+                                        "neither is beside the weights")
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError):  # Llama 3's is a list of ranks, a line each
-        return 0, {}, "generate needs a SentencePiece tokenizer.model, and this one is another kind"
-    ids = {"bos_token_id": sp.bos_id(), "eos_token_id": sp.eos_id()}
-    try:
-        Tokenizer(file)
-    except LlamaExtError:
-        return sp.get_piece_size(), ids, (
-            "generate needs a tokenizer.model that keeps text as it is (identity normalisation, "
-            "add_dummy_prefix=false), and this one does not")
-    return sp.get_piece_size(), ids, None
+        tokenizer = load_tokenizer(folder)
+    except LlamaExtError as error:
+        return files.values(), {}, {}, f"generate cannot use the tokenizer: {error}"
+    check_fits(folder, tokenizer, weights.config.vocab_size)
+    eos = list(tokenizer.eos_ids)
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos if eos[1:] else eos[0]}
+    beside = {"generation_config.json": special, **(tokenizer.hf_files() if to == "hf" else {})}
+    return (files.values(), {name: beside[name] for name in beside.keys() - files.keys()},
+            special if to == "hf" else {}, None)
 
 
 # --- the formats ---
 
 def _write_hf(folder, config, entries, shard_size):
-    head_dim = config.dim // config.n_heads
     shards = [{}]
     for name, entry in entries.items():
         if is_rotated(name):
-            entry = entry._replace(read=lambda read=entry.read: to_half(read(), head_dim))
+            entry = entry._replace(read=lambda read=entry.read: to_half(read(), config.head_dim))
         size = _nbytes(entry)
         if shards[-1] and size + sum(map(_nbytes, shards[-1].values())) > shard_size:
             shards.append({})

@@ -48,17 +48,16 @@ def data_sheet_peak(name, dtype):
 def peak_flops(device, dtype):
     """The most FLOP/s that `device` reaches in dtype "bf16" or "fp32"; None where unknown.
 
-    A GPU's is its data sheet's. A CPU's is measured, with torch's threads: the best of a few
-    products of matrices of 1024 x 1024, some 0.1 s. A share of it is thus one of what this
+    A GPU's is its data sheet's. A CPU's is measured, with torch's threads: the best of the
+    products of matrices of 1024 x 1024 in half a second. A share of it is thus one of what this
     machine did just then.
     """
     if device.type == "cuda":
         return data_sheet_peak(torch.cuda.get_device_name(device), dtype)
     n = 1024
     a = torch.ones(n, n, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
+    best, end = float("inf"), time.perf_counter() + 0.5
+    while (start := time.perf_counter()) < end:
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * n ** 3 / best

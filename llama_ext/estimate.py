@@ -112,12 +112,7 @@ def _layer_parameters(config):
 
 def _layer_matrices(config):
     """Entries of one layer's seven matrices."""
-    kv = _kv_width(config)
-    return config.dim * (2 * config.dim + 2 * kv + 3 * config.hidden_dim)
-
-
-def _kv_width(config):
-    return config.dim // config.n_heads * config.n_kv_heads
+    return config.dim * (2 * config.q_dim + 2 * config.kv_dim + 3 * config.hidden_dim)
 
 
 def flops_per_token(config, seq_len, *, training=True, recompute=False, causal=True):
@@ -125,13 +120,13 @@ def flops_per_token(config, seq_len, *, training=True, recompute=False, causal=T
 
     Counted: the matrix products (a multiplication and an addition each). Forward 2 N, where N is
     the seven matrices of every layer and the output layer (the embedding is a lookup), and
-    attention's two products of seq_len keys, 4 T d per layer, halved where `causal`. The backward
-    is twice the forward, so that training takes 6 N + 6 L T d per token (PaLM, arXiv 2204.02311,
-    appendix B, halved for causal attention). recompute: one more forward pass of the layers, as
-    activation checkpointing needs; utilization (MFU) leaves it out.
+    attention's two products of seq_len keys, 4 T q per layer, halved where `causal`; q is the width
+    of all heads. The backward is twice the forward, so that training takes 6 N + 6 L T q per token
+    (PaLM, arXiv 2204.02311, appendix B, halved for causal attention). recompute: one more forward
+    pass of the layers, as activation checkpointing needs; utilization (MFU) leaves it out.
     Not counted: norms, rotations, softmax, SwiGLU's product, the optimizer.
     """
-    attention = 4 * config.dim * seq_len / (2 if causal else 1)
+    attention = 4 * config.q_dim * seq_len / (2 if causal else 1)
     layers = config.n_layers * (2 * _layer_matrices(config) + attention)
     output = 2 * config.vocab_size * config.dim
     if not training:
@@ -146,10 +141,10 @@ def training_memory(config, plan):
     Working copies, what the matrix products read and write in bf16: on one GPU all weights, unless
     they are kept in bf16; with FSDP two gathered layers, the gradients of one, and embedding and
     output layer with theirs. Activations per token and layer, as block.py keeps them, are
-    2 (4 d + 2 kv + 2 F) + 4 H bytes; with recompute 2 d, and one layer whole. (The residual stream
-    is taken as bf16; autocast on one GPU keeps it in fp32, 2 d more.) Loss: a chunk of logits, the
-    output layer's gradient in fp32, the hidden state's in bf16. Tensor parallelism divides all but
-    the chunk (norms and residuals along the sequence, arXiv 2205.05198).
+    2 (2 d + 2 q + 2 kv + 2 F) + 4 H bytes; with recompute 2 d, and one layer whole. (The residual
+    stream is taken as bf16; autocast on one GPU keeps it in fp32, 2 d more.) Loss: a chunk of
+    logits, the output layer's gradient in fp32, the hidden state's in bf16. Tensor parallelism
+    divides all but the chunk (norms and residuals along the sequence, arXiv 2205.05198).
     """
     parameters, layer = num_parameters(config), _layer_parameters(config)
     tokens, split = plan.batch_size * plan.seq_len, plan.tensor_parallel
@@ -183,21 +178,22 @@ def inference_memory(config, plan):
     weights = BYTES["bf16"] * parameters
     if plan.int8:
         entries = config.n_layers * _layer_matrices(config)
-        rows = config.n_layers * (3 * config.dim + 2 * _kv_width(config) + 2 * config.hidden_dim)
+        rows = config.n_layers * (config.q_dim + 2 * config.kv_dim + 2 * config.dim
+                                  + 2 * config.hidden_dim)
         if not config.tie_embeddings:
             entries += config.vocab_size * config.dim
             rows += config.vocab_size
         weights += 4 * rows - entries
     return {
         "weights": weights / plan.tensor_parallel,
-        "KV cache": 4 * config.n_layers * _kv_width(config) * tokens / plan.tensor_parallel,
+        "KV cache": 4 * config.n_layers * config.kv_dim * tokens / plan.tensor_parallel,
         "work space": tokens * _activation_bytes(config) / plan.tensor_parallel,
         "CUDA and libraries": OVERHEAD_BYTES}
 
 
 def _activation_bytes(config):
     """Kept per token and layer in bf16, with the fp32 log-sum-exp of every head."""
-    return (2 * (4 * config.dim + 2 * _kv_width(config) + 2 * config.hidden_dim)
+    return (2 * (2 * config.dim + 2 * config.q_dim + 2 * config.kv_dim + 2 * config.hidden_dim)
             + 4 * config.n_heads)
 
 

@@ -31,8 +31,9 @@ from .ops import cross_entropy
 
 
 class LanguageModel(LM):
-    """What lm-eval asks of a model. Every text begins with bos; what exceeds the model's
-    max_seq_len is cut off on the left. Batches hold at most batch_size requests."""
+    """What lm-eval asks of a model. Every text begins with bos, or as else the tokenizer's models
+    expect; what exceeds the model's max_seq_len is cut off on the left. Batches hold at most
+    batch_size requests."""
 
     def __init__(self, model, tokenizer, batch_size=16):
         super().__init__()
@@ -103,8 +104,8 @@ class LanguageModel(LM):
         if whole[:len(ids)] == ids:
             new = whole[len(ids):]
         else:
-            new = self.tokenizer.encode(continuation)
-        return [self.tokenizer.bos_id, *ids], new
+            new = self.tokenizer.encode_continuation(continuation)
+        return self.tokenizer.with_bos(ids), new
 
     @torch.inference_mode()
     def _score(self, pairs):

@@ -1,9 +1,11 @@
-"""Files that are either whole or not there, and JSON that shows when it is damaged."""
+"""Files that are either whole or not there, JSON objects, and JSON that shows damage."""
 
 import json
 import os
 import zlib
 from pathlib import Path
+
+from .errors import LlamaExtError
 
 
 def fsync_folder(path):
@@ -34,6 +36,26 @@ def write_atomically(path, data):
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temp.unlink(missing_ok=True)
+
+
+def read_json(file, missing=None):
+    """The JSON object in the file `file`, a dict; `missing`, unless None, where there is none.
+
+    Raises LlamaExtError for a file that cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        if missing is not None:
+            return missing
+        raise LlamaExtError(f"{file} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise LlamaExtError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise LlamaExtError(f"{file}: expected JSON, got {error}") from None
+    if not isinstance(content, dict):
+        raise LlamaExtError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def seal(content):

@@ -25,7 +25,6 @@ def footprint(model, dtype, prompt_lengths, max_new_tokens, batch_size):
     rows, longest = min(batch_size, len(room)), max((n for n, _ in room), default=0)
     length = max((n + new for n, new in room), default=0)
     tokens = min(sum(n for n, _ in room[:rows]), max(PROMPT_TOKENS, longest) + rows)  # N
-    kv_dim = config.n_kv_heads * (config.dim // config.n_heads)
     parameters = sum(p.numel() * (item if p.is_floating_point() else p.itemsize)
                      for p in model.parameters())
     # Tables of the rotary embedding, and int8 weights.
@@ -37,13 +36,12 @@ def footprint(model, dtype, prompt_lengths, max_new_tokens, batch_size):
     # in fp32 beside its result.
     sums = 0 if item >= 4 else 4 * config.hidden_dim
     widest = max(3 * item * config.hidden_dim, 2 * item * config.hidden_dim + sums,
-                 item * (2 * config.dim + 4 * kv_dim))
-    layer = (4 * item * config.dim + widest + 8 * config.n_heads
-             + 4 * (config.dim // config.n_heads) + 32)
+                 item * (2 * config.q_dim + 4 * config.kv_dim))
+    layer = 4 * item * config.dim + widest + 8 * config.n_heads + 4 * config.head_dim + 32
     # Per logit: itself, and what sample() makes of it, sorting included.
     sampling = rows * config.vocab_size * (item + 48) + 3 * tokens * config.dim * item
     return {"weights": parameters + buffers,
-            "cache": 2 * config.n_layers * rows * length * kv_dim * item,
+            "cache": 2 * config.n_layers * rows * length * config.kv_dim * item,
             "workspace": max(tokens * layer, sampling)}
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import checkpoint
 from .errors import LlamaExtError
+from .files import read_json
 from .model import Llama, LlamaConfig
 
 Entry = collections.namedtuple("Entry", "shape dtype read")  # read() -> the tensor
@@ -86,7 +87,7 @@ def open_weights(path):
         raise LlamaExtError(f"{path}: expected a folder with a model, got none")
     if (path / "params.json").is_file():
         weights = _open_meta(path)
-    elif {"model_type", "architectures"} & set(_json(path / "config.json", missing={})):
+    elif {"model_type", "architectures"} & set(read_json(path / "config.json", missing={})):
         weights = _open_hf(path)
     else:
         weights = _open_ours(path)
@@ -115,22 +116,6 @@ def _check(weights):
     if extra := weights.tensors.keys() - expected.keys():
         raise LlamaExtError(f"{path}: expected the tensors of a LLaMA, also got {listed(extra)}")
     weights.tensors = {name: weights.tensors[name] for name in expected}  # one order for all
-
-
-def _json(file, missing=None):
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        if missing is not None:
-            return missing
-        raise LlamaExtError(f"{file} cannot be read: {error.strerror}") from None
-    except OSError as error:
-        raise LlamaExtError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise LlamaExtError(f"{file}: expected JSON, got {error}") from None
-    if not isinstance(content, dict):
-        raise LlamaExtError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _config(file, fields):
@@ -180,7 +165,7 @@ def _open_ours(path):
     step = checkpoint.find(path)
     checkpoint.read_state(step)
     file = step / "config.json"
-    config = _config(file, _json(file))
+    config = _config(file, read_json(file))
     if (step / "model.safetensors").is_file():
         tensors = _safetensors(step / "model.safetensors")
     else:  # the shards of several processes
@@ -209,9 +194,8 @@ def _open_hf(path):
             continue  # a buffer of old versions; the embedding table once more
         mine = names.get(name, name)
         if is_rotated(mine):
-            head_dim = config.dim // config.n_heads
             entry = entry._replace(
-                read=lambda read=entry.read: to_interleaved(read(), head_dim))
+                read=lambda read=entry.read: to_interleaved(read(), config.head_dim))
         ours[mine] = entry
     return Weights(path, "hf", config, ours, path)
 
@@ -223,7 +207,7 @@ def _hf_entries(path):
         index = path / f"{single}.index.json"
         if not index.is_file():
             continue
-        where = _json(index).get("weight_map")
+        where = read_json(index).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
             raise LlamaExtError(f"{index}: expected a weight_map of names to files")
         parts = {file: load(path / Path(file).name) for file in sorted(set(where.values()))}
@@ -241,7 +225,7 @@ def hf_config(file):
 
     Raises LlamaExtError for what is not a LLaMA of ours: another architecture, activation, biases.
     """
-    theirs = _json(file)
+    theirs = read_json(file)
     for name, wanted in (("architectures", (None, ["LlamaForCausalLM"])),
                          ("model_type", ("llama",)), ("hidden_act", (None, "silu")),
                          ("attention_bias", (None, False)), ("mlp_bias", (None, False))):
@@ -255,17 +239,13 @@ def hf_config(file):
         raise LlamaExtError(f"{file}: expected the field {missing[0]}, found none")
     rope = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", theirs.get("rope_theta", 10000.0))
-    config = _config(file, {
+    return _config(file, {
         **{mine: theirs[name] for mine, name in ours.items()},
-        "n_kv_heads": theirs.get("num_key_value_heads"), "rope_theta": theta,
+        "n_kv_heads": theirs.get("num_key_value_heads"), "head_dim": theirs.get("head_dim"),
+        "rope_theta": theta,
         "max_seq_len": theirs.get("max_position_embeddings", 2048),
         "norm_eps": theirs.get("rms_norm_eps", 1e-6), "rope_scaling": rope or None,
         "tie_embeddings": theirs.get("tie_word_embeddings", False)})
-    head_dim = config.dim // config.n_heads
-    if theirs.get("head_dim") not in (None, head_dim):
-        raise LlamaExtError(f"{file}: head_dim: expected hidden_size / num_attention_heads = "
-                            f"{head_dim}, got {theirs['head_dim']}")
-    return config
 
 
 def to_hf_config(config, dtype):
@@ -276,7 +256,7 @@ def to_hf_config(config, dtype):
         "attention_bias": False, "mlp_bias": False,
         "hidden_size": config.dim, "intermediate_size": config.hidden_dim,
         "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads, "head_dim": config.dim // config.n_heads,
+        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim,
         "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling, "tie_word_embeddings": config.tie_embeddings,
@@ -301,7 +281,7 @@ def _open_meta(path):
             raise LlamaExtError(f"{file}: expected the same tensors as {parts[0][0].name}, "
                                 f"but {sorted(different)[0]} is only in one of them")
     file = path / "params.json"
-    params = _json(file)
+    params = read_json(file)
     if not isinstance(params.get("dim"), int):
         raise LlamaExtError(f"{file}: dim: expected an int, got {params.get('dim')!r}")
     tensors = {name: _joined(file, name, [e[name] for _, e in parts], params["dim"])
@@ -311,7 +291,10 @@ def _open_meta(path):
     config = _meta_config(file, params, tensors, tied=len(set(first.values())) == 1)
     if config.tie_embeddings:
         tensors.pop("output.weight", None)
-    return Weights(path, "meta", config, tensors, path)
+    # Llama 1 and 2 came with one tokenizer.model for all sizes, in the folder above.
+    above = (path.absolute().parent / "tokenizer.model").is_file()
+    own = (path / "tokenizer.model").is_file() or not above
+    return Weights(path, "meta", config, tensors, path if own else path.absolute().parent)
 
 
 def _joined(file, name, parts, dim):
@@ -358,7 +341,11 @@ def _meta_config(file, params, tensors, tied):
 
 
 def to_meta_params(config):
-    """The content of params.json. Raises LlamaExtError for rope scaling that Meta's code lacks."""
+    """The content of params.json. Raises LlamaExtError for a rope scaling or head_dim that Meta's
+    code lacks."""
+    if config.q_dim != config.dim:
+        raise LlamaExtError(f"head_dim: expected dim / n_heads = {config.dim / config.n_heads:g}, "
+                            f"all that Meta's format can say, got {config.head_dim}")
     scaling = config.rope_scaling
     if scaling and {**scaling, "factor": 0} != {**_META_ROPE, "factor": 0}:
         raise LlamaExtError(f"rope_scaling: expected {_META_ROPE} with any factor, all that Meta's "

@@ -25,10 +25,11 @@ def generate(model, prompt_ids, max_new_tokens, *, batch_size=16, **options):
     from that many most probable tokens (None: all). top_p: draw from the smallest set of the most
     probable of those whose probabilities sum to it (nucleus sampling, arXiv 1904.09751).
     vocab_size: draw from the first so many ids (None: all), for a model wider than its tokenizer. A
-    continuation ends before eos_id, after max_new_tokens, or when prompt and new tokens fill the
-    model's max_seq_len. Prompt number i draws as if generated alone with seed + i; seed None takes
-    one from torch's global generator. At most batch_size prompts are at work at a time; together
-    they get what each gets alone, but for what another batch's matrix products round otherwise.
+    continuation ends before eos_id (an id, or several of which any ends it), after max_new_tokens,
+    or when prompt and new tokens fill the model's max_seq_len. Prompt number i draws as if
+    generated alone with seed + i; seed None takes one from torch's global generator. At most
+    batch_size prompts are at work at a time; together they get what each gets alone, but for what
+    another batch's matrix products round otherwise.
     Raises ValueError for an empty or too long prompt, ids outside the vocabulary, a batch_size or
     top_k < 1, temperature < 0, top_p outside (0, 1], and logits that are not finite.
     """
@@ -61,6 +62,7 @@ def stream(model, prompt_ids, max_new_tokens, *, temperature=1.0, top_p=1.0, top
 def _stream(model, prompts, max_new_tokens, batch_size, vocab_size, eos_id, seed, ended, how):
     weight, context = model.tok_embeddings.weight, model.config.max_seq_len
     limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
+    eos_ids = (eos_id,) if eos_id is None or isinstance(eos_id, int) else tuple(eos_id)
     waiting = collections.deque()
     for i, prompt in enumerate(prompts):
         if limits[i] > len(prompt):
@@ -97,7 +99,7 @@ def _stream(model, prompts, max_new_tokens, batch_size, vocab_size, eos_id, seed
             if token < 0:
                 raise ValueError("generate: model: expected finite logits, got others at token "
                                  f"{lengths[row]}")
-            if token != eos_id:
+            if token not in eos_ids:
                 yield i, token
                 if i not in ended and lengths[row] + 1 < limits[i]:
                     new[row] = [token]
@@ -133,7 +135,8 @@ def generate_text(model, tokenizer, prompts, max_new_tokens, *, stop=(), **optio
 
     stop: texts before the first of which a continuation ends; the one that is complete first
     counts, the longest of several that are. options: those of `generate`; vocab_size and eos_id
-    are the tokenizer's. Raises ValueError as `generate` does, and for an empty stop text.
+    are the tokenizer's. Prompt and continuation together are what the tokenizer decodes from the
+    ids of both. Raises ValueError as `generate` does, and for an empty stop text.
     """
     texts = [""] * len(prompts)
     for i, piece in stream_text(model, tokenizer, prompts, max_new_tokens, stop=stop, **options):
@@ -151,13 +154,13 @@ def stream_text(model, tokenizer, prompts, max_new_tokens, *, stop=(), **options
     prompt_ids = [tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
                   for prompt in prompts]
     ids = stream(model, prompt_ids, max_new_tokens, vocab_size=tokenizer.vocab_size,
-                 eos_id=tokenizer.eos_id, ended=ended, **options)
-    return _stream_text(tokenizer, ids, len(prompts), tuple(stop), ended)
+                 eos_id=tokenizer.eos_ids, ended=ended, **options)
+    decoders = [*map(tokenizer.stream_decoder, prompt_ids)]
+    return _stream_text(decoders, ids, tuple(stop), ended)
 
 
-def _stream_text(tokenizer, ids, count, stops, ended):
-    decoders = [tokenizer.stream_decoder() for _ in range(count)]
-    held = [""] * count
+def _stream_text(decoders, ids, stops, ended):
+    held = [""] * len(decoders)
     for i, token in ids:
         if i not in ended:
             text = held[i] + decoders[i](token)

@@ -192,28 +192,32 @@ class CausalSelfAttention(nn.Module):
 
     n_kv_heads < n_heads shares each key/value head among n_heads / n_kv_heads query heads (GQA).
     window=w lets each token see only its w most recent ones, itself included. rotary: a
-    RotaryEmbedding to share with other layers; by default the layer has its own.
+    RotaryEmbedding to share with other layers; by default the layer has its own. head_dim: dim /
+    n_heads unless given. Raises ValueError for numbers that do not fit together.
     """
 
     def __init__(self, dim, n_heads, n_kv_heads=None, window=None, rotary=None, device=None,
-                 dtype=None):
+                 dtype=None, head_dim=None):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads < 1 or dim % n_heads:
+        if n_heads < 1 or head_dim is None and dim % n_heads:
             raise ValueError(f"CausalSelfAttention: dim: expected a multiple of n_heads {n_heads}, "
                              f"got {dim}")
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError("CausalSelfAttention: n_kv_heads: expected a divisor of n_heads "
                              f"{n_heads}, got {n_kv_heads}")
+        if head_dim is not None and (head_dim < 2 or head_dim % 2):
+            raise ValueError("CausalSelfAttention: head_dim: expected an even number >= 2 or None, "
+                             f"got {head_dim}")
         if window is not None and window < 1:
             raise ValueError(f"CausalSelfAttention: window: expected >= 1 or None, got {window}")
         self.n_heads, self.n_kv_heads, self.window = n_heads, n_kv_heads, window
-        self.head_dim = dim // n_heads
+        self.head_dim = dim // n_heads if head_dim is None else head_dim
         options = {"bias": False, "device": device, "dtype": dtype}
-        self.wq = nn.Linear(dim, dim, **options)
+        self.wq = nn.Linear(dim, n_heads * self.head_dim, **options)
         self.wk = nn.Linear(dim, n_kv_heads * self.head_dim, **options)
         self.wv = nn.Linear(dim, n_kv_heads * self.head_dim, **options)
-        self.wo = nn.Linear(dim, dim, **options)
+        self.wo = nn.Linear(n_heads * self.head_dim, dim, **options)
         self.rotary = RotaryEmbedding(self.head_dim, device=device) if rotary is None else rotary
 
     def reset_parameters(self):
@@ -258,4 +262,4 @@ class CausalSelfAttention(nn.Module):
 
     def extra_repr(self):
         return (f"dim={self.wq.in_features}, n_heads={self.n_heads}, "
-                f"n_kv_heads={self.n_kv_heads}, window={self.window}")
+                f"n_kv_heads={self.n_kv_heads}, window={self.window}, head_dim={self.head_dim}")

@@ -31,8 +31,9 @@ class LlamaConfig:
     """The shape of a LLaMA. Raises ValueError for values that do not make a model.
 
     n_kv_heads None becomes n_heads; hidden_dim None becomes the paper's 2/3 * 4 * dim, rounded up
-    to a multiple of multiple_of. tie_embeddings: the output layer is the embedding table.
-    rope_scaling: None, or a dict as in a Hugging Face config, of rope_type "llama3" or "linear".
+    to a multiple of multiple_of; head_dim None becomes dim / n_heads. tie_embeddings: the output
+    layer is the embedding table. rope_scaling: None, or a dict as in a Hugging Face config, of
+    rope_type "llama3" or "linear".
     """
 
     dim: int = 512
@@ -47,6 +48,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     tie_embeddings: bool = False
     rope_scaling: dict | None = None
+    head_dim: int | None = None
 
     def __post_init__(self):
         if self.n_kv_heads is None:
@@ -59,8 +61,12 @@ class LlamaConfig:
             self.hidden_dim = -(-(8 * self.dim // 3) // self.multiple_of) * self.multiple_of
         self._expect("hidden_dim", type(self.hidden_dim) is int and self.hidden_dim > 0,
                      "a positive int or None")
-        self._expect("dim", self.dim % (2 * self.n_heads) == 0,
-                     f"a multiple of 2 * n_heads = {2 * self.n_heads}")
+        if self.head_dim is None:
+            self._expect("dim", self.dim % (2 * self.n_heads) == 0,
+                         f"a multiple of 2 * n_heads = {2 * self.n_heads}")
+            self.head_dim = self.dim // self.n_heads
+        self._expect("head_dim", type(self.head_dim) is int and self.head_dim > 0
+                     and self.head_dim % 2 == 0, "a positive even int or None")
         self._expect("n_kv_heads", self.n_heads % self.n_kv_heads == 0,
                      f"a divisor of n_heads = {self.n_heads}")
         self._expect("norm_eps", self.norm_eps >= 0, "a number >= 0")
@@ -94,7 +100,21 @@ class LlamaConfig:
         return cls(**fields)
 
     def to_dict(self):
-        return dataclasses.asdict(self)
+        """The fields; head_dim only where it is not dim / n_heads, its meaning when left out."""
+        fields = dataclasses.asdict(self)
+        if self.q_dim == self.dim:
+            del fields["head_dim"]
+        return fields
+
+    @property
+    def q_dim(self):
+        """Width of all heads' queries, n_heads * head_dim."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_dim(self):
+        """Width of all heads' keys, or values, n_kv_heads * head_dim."""
+        return self.n_kv_heads * self.head_dim
 
 
 class KVCache:
@@ -110,7 +130,7 @@ class KVCache:
         if not 0 < max_len <= config.max_seq_len:
             raise ValueError(f"KVCache: max_len: expected 1 to max_seq_len = {config.max_seq_len}, "
                              f"got {max_len}")
-        shape = (config.n_layers, batch, max_len, config.n_kv_heads, config.dim // config.n_heads)
+        shape = (config.n_layers, batch, max_len, config.n_kv_heads, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
@@ -126,7 +146,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         options = {"device": device, "dtype": dtype}
         self.attention = CausalSelfAttention(config.dim, config.n_heads, config.n_kv_heads,
-                                             rotary=rotary, **options)
+                                             rotary=rotary, head_dim=config.head_dim, **options)
         self.feed_forward = FeedForward(config.dim, config.hidden_dim, **options)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, **options)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, **options)
@@ -156,9 +176,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         options = {"device": device, "dtype": dtype}
-        rotary = RotaryEmbedding(config.dim // config.n_heads, config.rope_theta,
-                                 config.max_seq_len, device=device,
-                                 scaling=config.rope_scaling)
+        rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.max_seq_len,
+                                 device=device, scaling=config.rope_scaling)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, **options)
         self.layers = nn.ModuleList(
             TransformerBlock(config, rotary, **options) for _ in range(config.n_layers))

@@ -17,6 +17,7 @@ CONFIGS = {
     "llama 2 GQA": LlamaConfig(**SHAPE, n_kv_heads=2),
     "llama 3 tied": LlamaConfig(**SHAPE, n_kv_heads=2, rope_theta=500000.0, tie_embeddings=True,
                                 rope_scaling=SCALING),
+    "own head_dim": LlamaConfig(**SHAPE, n_kv_heads=2, head_dim=24),
 }
 
 
@@ -37,7 +38,7 @@ def theirs(config, dtype=torch.float32):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         hidden_size=config.dim, num_hidden_layers=config.n_layers,
         num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
-        vocab_size=config.vocab_size, intermediate_size=config.hidden_dim,
+        head_dim=config.head_dim, vocab_size=config.vocab_size, intermediate_size=config.hidden_dim,
         max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps,
         rope_parameters=rope, tie_word_embeddings=config.tie_embeddings))
     with torch.no_grad():
@@ -51,7 +52,7 @@ def save_meta(model, folder, ranks=1, split_vocabulary=False):
     folder.mkdir()
     c = model.config
     for rank in range(ranks):
-        state = {"rope.freqs": torch.ones(c.dim // c.n_heads // 2)}
+        state = {"rope.freqs": torch.ones(c.head_dim // 2)}
         for name, p in model.state_dict().items():
             axis = None
             if name.endswith(("wq.weight", "wk.weight", "wv.weight", "w1.weight", "w3.weight")):

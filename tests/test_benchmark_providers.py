@@ -167,8 +167,8 @@ def test_unfit_cases_are_named(monkeypatch):
         install(monkeypatch, name)
     grouped, fp32 = cases.attention(2, 16, 4, 8, 2), torch.float32
     assert admit(grouped, ["xformers"])[1] == {"xformers": "no grouped heads"}
-    assert admit(CASES["attention"], ["flash-attn", "sdpa-flash", "transformer-engine"], fp32)[1] == {
-        name: "bf16 and fp16 only" for name in ("flash-attn", "sdpa-flash", "transformer-engine")}
+    names = ["flash-attn", "sdpa-flash", "transformer-engine"]
+    assert admit(CASES["attention"], names, fp32)[1] == dict.fromkeys(names, "bf16 and fp16 only")
     assert admit(cases.rope(2, 4, 2, 8, True), ["liger"])[1] == {
         "liger": "Hugging Face's layout only"}
     monkeypatch.setattr(providers, "SCORES", 1)

@@ -11,7 +11,7 @@ import torch
 from benchmarks import (baseline, cases, compare, plots, providers, result, run, timing,
                         virtual)
 from benchmarks.__main__ import main
-from benchmarks.a100 import model, report
+from benchmarks.a100 import bandwidth_report, model, report
 from llama_ext.errors import LlamaExtError
 from tiny_benchmarks import about, row, tiny  # noqa: F401
 
@@ -237,19 +237,28 @@ def test_pictures(tmp_path):
 
 def test_modelled_rows_are_those_of_the_model(monkeypatch, tmp_path, capsys):
     """As rows of a run, but labelled: they can be drawn, printed and compared."""
-    monkeypatch.setattr(virtual, "SOURCES", (virtual.modelled_attention,))
+    monkeypatch.setattr(virtual, "SOURCES", virtual.SOURCES[1:])  # not what is counted
     monkeypatch.setattr(virtual.counts, "vgpu", lambda: None)
     path = tmp_path / "v.json"
     assert main(["run", "--backend", "vgpu", "--json", str(path),
                  "--plots", str(tmp_path / "plots")]) == 0
     printed = capsys.readouterr().out
     assert "NOTHING IS TIMED" in printed and "MODELLED" in printed
-    rows = result.load(path)["rows"]
-    assert {r["label"] for r in rows} == {"modelled"} and len(rows) == 2 * 6 * 3
+    every = result.load(path)["rows"]
+    rows = [r for r in every if r["op"] == "attention"]
+    assert {r["label"] for r in every} == {"modelled"} and len(rows) == 2 * 6 * 3
     table = report.ours(model.GPUS["A100-80GB"], baseline.load()["attention"])
     for D, T, *teraflops in table:
         of_shape = [r for r in rows if (r["options"]["D"], r["options"]["T"]) == (D, T)]
         rates = [r["providers"][name]["rate"] / 1e12 for name in ("llama_ext", "flash-attn")
                  for r in of_shape]
         assert rates == pytest.approx(teraflops)
+    bandwidth = {(r["op"], r["direction"], r["shape"]): r["providers"]["llama_ext"]
+                 for r in every if r["op"] != "attention"}
+    times = bandwidth_report.ours(model.GPUS["A100-80GB"], baseline.load()["launches"])
+    assert len(bandwidth) == len(times) == len(every) - len(rows)
+    ms, rate = next(t[2:4] for t in times if t[:2] == ("swiglu backward", 8192))
+    found = bandwidth["swiglu", "backward", "8192 rows"]
+    assert (found["seconds"], found["rate"], found["share"]) == pytest.approx(
+        (ms / 1e3, rate * 1e9, rate / 2039))
     assert (tmp_path / "plots" / "attention.png").exists()

@@ -2,6 +2,7 @@
 the ops, and what it keeps, computes and refuses."""
 
 import copy
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -28,7 +29,7 @@ NAMES = ["attention_norm", "attention.wq", "attention.wk", "attention.wv", "atte
 
 def make(dtype=torch.float32, window=None, config=CONFIG):
     """A block whose every weight matters: matrices that keep variance, norms about 1."""
-    rotary = RotaryEmbedding(config.dim // config.n_heads, config.rope_theta, config.max_seq_len)
+    rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.max_seq_len)
     block = TransformerBlock(config, rotary)
     with torch.no_grad():
         for p in block.parameters():
@@ -123,6 +124,20 @@ def test_gradcheck(first):
             for t in inputs(torch.float64, first, config)]
     assert torch.autograd.gradcheck(called(block), (*args, *weights(block)),
                                     fast_mode=True)
+
+
+@pytest.mark.parametrize("head_dim", [6, 40])
+def test_head_dim_of_its_own(head_dim):
+    """Less and more than dim / n_heads."""
+    config = dataclasses.replace(CONFIG, head_dim=head_dim)
+    for dtype in (torch.float64, torch.bfloat16):
+        block, args = make(dtype, config=config), inputs(dtype)
+        assert block.attention.wo.weight.shape == (64, 4 * head_dim)
+        check_op(called(block), defined(block), *args, *weights(block), dtype=dtype,
+                 fp32_roundings=12)
+        got, base = (results(fn, block, args)[0] for fn in (direct, composed))
+        assert all(map(torch.equal, got, base))
+    assert kept_bytes(direct, block, *args) == B * T * per_token(config, 4)
 
 
 def one_by_one(dys, ws, shape, lower):
@@ -224,9 +239,10 @@ def kept_bytes(fn, block, x, residual):
 
 
 def per_token(config, width):
-    """Numbers kept per token by width, in bytes of bf16 data: `width` C-wide tensors."""
-    kv = 2 * config.n_kv_heads * config.dim // config.n_heads
-    return 2 * (width * config.dim + kv + 2 * config.hidden_dim) + 4 * config.n_heads
+    """Numbers kept per token by width, in bytes of bf16 data: `width` C-wide tensors, two of which
+    (queries, attention's output) are as wide as all heads."""
+    heads = 2 * config.q_dim + 2 * config.kv_dim
+    return 2 * ((width - 2) * config.dim + heads + 2 * config.hidden_dim) + 4 * config.n_heads
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])

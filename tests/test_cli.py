@@ -81,7 +81,7 @@ def test_generate_streams_whole_characters_as_they_come(work, monkeypatch, capsy
 
     def ids(model, prompt_ids, count, **options):
         assert options == {"temperature": 0.8, "top_p": 0.95, "top_k": None, "seed": None,
-                           "eos_id": 2, "vocab_size": 320, "batch_size": 16, "ended": set()}
+                           "eos_id": (2,), "vocab_size": 320, "batch_size": 16, "ended": set()}
         for token in [*tokenizer.encode("\U0001f600é x"), None]:
             yield 0, token
             seen.append(capsys.readouterr().out)

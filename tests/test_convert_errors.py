@@ -56,7 +56,10 @@ DAMAGE = {
                        "attention_bias: expected false, got true"),
     "rope": (edited(lambda c: c.update(rope_scaling={"type": "dynamic", "factor": 2.0})),
              "rope_type: expected one of default, linear, llama3, got 'dynamic'"),
-    "head_dim": (edited(lambda c: c.update(head_dim=32)), "head_dim: expected"),
+    "head_dim": (edited(lambda c: c.update(head_dim=15)),
+                 "head_dim: expected a positive even int or None, got 15"),
+    "other head_dim": (edited(lambda c: c.update(head_dim=32)),
+                       "q_proj.weight: expected shape (128, 64), got (64, 64)"),
     "field": (edited(lambda c: c.pop("hidden_size")), "expected the field hidden_size"),
     "value": (edited(lambda c: c.update(hidden_size="64")), "dim: expected"),
 }
@@ -157,3 +160,11 @@ def test_options_and_places(tmp_path):
     with pytest.raises(LlamaExtError, match="all that Meta's format can say"):
         convert(tmp_path / "linear", tmp_path / "out", "meta")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "linear"]
+
+
+def test_a_head_dim_that_metas_format_cannot_say(tmp_path):
+    lx.hf.save(ours(CONFIGS["own head_dim"]), tmp_path / "hf")
+    with pytest.raises(LlamaExtError, match="head_dim: expected dim / n_heads = 16, all that "
+                                            "Meta's format can say, got 24"):
+        convert(tmp_path / "hf", tmp_path / "meta", "meta")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]

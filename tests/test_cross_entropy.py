@@ -73,6 +73,19 @@ def test_large_logits_and_masked_columns(isa, dtype):
     assert lx.cross_entropy(logits, target).isfinite()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [-float("inf"), -200.0, 200.0])
+def test_first_columns_far_from_the_largest(isa, first, dtype):
+    logits = randn(3, 700, dtype=dtype, scale=3)
+    logits[:, :300] += first  # 700 or more below or above the others
+    logits[:, :300] *= 4
+    check_ce(logits, targets(3, V=700))
+    last = logits.clone()
+    last[1, 690] = float("nan")
+    loss = lx.cross_entropy(last, torch.tensor([5, 5, 5]), reduction="none")
+    assert loss.isnan().tolist()[1] and not loss[[0, 2]].isnan().any()
+
+
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 def test_non_finite_rows_give_what_the_formula_gives(isa, value):
     for logits in (torch.full((1, 37), value), randn(1, 37)):

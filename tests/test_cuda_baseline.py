@@ -15,7 +15,7 @@ from benchmarks import baseline  # noqa: E402
 RENEW = "`python -m benchmarks counts --save` renews benchmarks/baseline.json"
 
 
-@pytest.mark.parametrize("group", ["kernels", "ops", "attention"])
+@pytest.mark.parametrize("group", ["kernels", "ops", "attention", "launches"])
 def test_nothing_is_worse_than_before(vgpu, group):
     if sass.cuobjdump() is None:
         pytest.skip("no cuobjdump, on PATH or in the package triton")

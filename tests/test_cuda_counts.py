@@ -49,6 +49,17 @@ def test_loads_in_flight(machine_code, summary, case):
     assert counts.figures(case)["in flight"] >= 32
 
 
+def test_rounds_of_loads(machine_code):
+    """Two loads at once, one that waits for them, two at once of half the width."""
+    code = ["LDG.E.NA.128.CONSTANT R4, [R2.64]", "LDG.E.128 R8, [R2.64+0x10]", "FADD R1, R4, R8",
+            "LDG.E.128 R12, [R2.64]", "FMUL R1, R15, R1", "LDG.E.64 R16, [R2.64]",
+            "LDG.E.U16 R18, [R2.64]", "FADD R1, R17, R1"]
+    for times in (1, 5):  # a warp's three loads of 16 bytes a lane
+        assert machine_code.load_rounds(code, times * 3 * 512) == 2 * times + 1
+    assert machine_code.load_rounds(code, 100) == 3
+    assert machine_code.load_rounds(code[2:3], 0) == 0
+
+
 def source_names():
     folder = Path(__file__).parent.parent / "csrc" / "cuda"
     return sorted(path.name for path in folder.glob("*.cu"))

@@ -23,7 +23,8 @@ TINY = {"dim": 48, "n_layers": 3, "n_heads": 4, "vocab_size": 97, "hidden_dim": 
         "max_seq_len": 16}
 
 
-@pytest.mark.parametrize("more", [{}, {"n_kv_heads": 2}, {"tie_embeddings": True}])
+@pytest.mark.parametrize("more", [{}, {"n_kv_heads": 2}, {"tie_embeddings": True},
+                                  {"n_kv_heads": 2, "head_dim": 20}])
 def test_parameters_are_the_models(more):
     config = lx.LlamaConfig(**TINY, **more)
     assert num_parameters(config) == lx.Llama(config).num_parameters()
@@ -34,7 +35,8 @@ def test_parameters_are_the_papers(preset):
     assert num_parameters(lx.LlamaConfig.preset(preset)) == PAPER[preset][0]
 
 
-@pytest.mark.parametrize("more", [{}, {"n_kv_heads": 2}, {"tie_embeddings": True}])
+@pytest.mark.parametrize("more", [{}, {"n_kv_heads": 2}, {"tie_embeddings": True},
+                                  {"n_kv_heads": 2, "head_dim": 20}])
 def test_flops_are_those_torch_counts(monkeypatch, more):
     """Of the model made of the ops' definitions in PyTorch, which compute masked scores too."""
     for name in ("rmsnorm", "rmsnorm_residual", "swiglu", "attention", "rope_qk"):
@@ -54,7 +56,7 @@ def test_flops_are_those_torch_counts(monkeypatch, more):
     both = forward.get_total_flops() + backward.get_total_flops()
     assert both == B * T * flops_per_token(config, T, causal=False)
     half = flops_per_token(config, T)
-    assert flops_per_token(config, T, causal=False) - half == 6 * 3 * T * 48
+    assert flops_per_token(config, T, causal=False) - half == 6 * 3 * T * config.q_dim
     output = 2 * 97 * 48  # is not computed again
     assert flops_per_token(config, T, recompute=True) == half + half / 3 - output
 

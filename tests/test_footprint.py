@@ -28,6 +28,8 @@ def peak_bytes(model, prompts, new, **options):
     ({"dim": 64, "hidden_dim": 192, "vocab_size": 97}, torch.float32, 0, 0.75),
     ({"dim": 64, "hidden_dim": 192, "vocab_size": 97, "n_kv_heads": 2}, torch.bfloat16, 0, 0.65),
     ({"dim": 64, "hidden_dim": 32, "vocab_size": 97}, torch.float32, 0, 0.7),  # attention is most
+    ({"dim": 64, "hidden_dim": 32, "vocab_size": 97, "head_dim": 40, "n_kv_heads": 2},
+     torch.float32, 0, 0.65),
     ({"dim": 32, "hidden_dim": 32, "vocab_size": 5000}, torch.bfloat16, 1.0, 0.5)])  # logits are
 @pytest.mark.parametrize("prompts, batch_size", [(1, 1), (3, 3), (20, 8)])
 def test_footprint_bounds_what_is_allocated(shape, dtype, temperature, least, prompts, batch_size):

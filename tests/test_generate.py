@@ -43,6 +43,18 @@ def test_greedy_equals_argmax_without_cache(model):
     assert generate(model, PROMPTS, 12, temperature=0) == expected
 
 
+def test_head_dim_of_its_own():
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=20,
+                              vocab_size=61, hidden_dim=48, max_seq_len=CONTEXT))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(12)
+    expected = [greedy_without_cache(model, p, 12) for p in PROMPTS]
+    assert generate(model, PROMPTS, 12, temperature=0) == expected
+
+
 def test_batch_of_unequal_prompts_equals_each_alone(model):
     together = generate(model, PROMPTS, 12, seed=40)
     alone = [generate(model, p, 12, seed=40 + i) for i, p in enumerate(PROMPTS)]

@@ -269,6 +269,13 @@ def test_attention_refuses_what_does_not_fit():
         CausalSelfAttention(32, 4, 3)
     with pytest.raises(ValueError, match="window: expected >= 1 or None, got 0"):
         CausalSelfAttention(32, 4, window=0)
+    for head_dim in (7, 0):
+        with pytest.raises(ValueError, match=f"head_dim: expected an even .*, got {head_dim}"):
+            CausalSelfAttention(30, 4, head_dim=head_dim)
+    layer = CausalSelfAttention(30, 4, 2, head_dim=12)
+    assert [tuple(w.weight.shape) for w in (layer.wq, layer.wk, layer.wo)] == [
+        (48, 30), (24, 30), (30, 48)]
+    assert layer(torch.randn(B, T, 30)).shape == (B, T, 30)
     layer, x = CausalSelfAttention(C, 4), torch.randn(B, T, C)
     with pytest.raises(ValueError, match=r"x: expected \(B, T, 32\), got shape \(2, 32\)"):
         layer(x[:, 0])

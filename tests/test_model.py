@@ -192,6 +192,10 @@ def test_config_round_trip_and_preset_overrides():
     config = LlamaConfig.preset("7B", max_seq_len=4096, n_kv_heads=8)
     assert (config.dim, config.max_seq_len, config.n_kv_heads) == (4096, 4096, 8)
     assert LlamaConfig.from_dict(config.to_dict()) == config
+    assert config.head_dim == 128 and "head_dim" not in config.to_dict()
+    config = LlamaConfig(dim=90, n_heads=4, n_kv_heads=2, head_dim=32)
+    assert LlamaConfig.from_dict(config.to_dict()) == config
+    assert (config.q_dim, config.kv_dim, config.to_dict()["head_dim"]) == (128, 64, 32)
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -200,6 +204,8 @@ def test_config_round_trip_and_preset_overrides():
     ({"vocab_size": 1e3}, "vocab_size: expected a positive int, got 1000.0"),
     ({"n_kv_heads": 3}, "n_kv_heads: expected a divisor of n_heads = 8, got 3"),
     ({"hidden_dim": -4}, "hidden_dim: expected a positive int or None, got -4"),
+    ({"head_dim": 7}, "head_dim: expected a positive even int or None, got 7"),
+    ({"head_dim": 0}, "head_dim: expected a positive even int or None, got 0"),
     ({"norm_eps": -1.0}, "norm_eps: expected a number >= 0, got -1.0"),
     ({"rope_theta": 0.0}, "rope_theta: expected a number > 0, got 0.0"),
     ({"heads": 8}, "field: expected one of dim, .*, got 'heads'")])

@@ -1,1 +1,1 @@
-"""A model of what attention takes on an A100, checked against published measurements."""
+"""Models of what the kernels take on an A100, checked against published measurements."""

@@ -34,16 +34,18 @@ class Gpu:
     clock: float         # Hz, the highest
     hmma_clocks: float   # that one HMMA m16n8k16 keeps a sub-core's tensor core busy
     bandwidth: float     # bytes per second
+    reached: float       # share of it that the kernels of bandwidth.py reach
+    l2: float            # bytes: half of the cache, for each half keeps copies of the other's lines
 
 
 # The tensor cores of an H100 reach their full rate, 4 clocks, through wgmma alone. mma.sync is
 # taken to need 5; with 4 the model is 6 to 12 % above FlashAttention-2's published times, with 6
 # within 5 %.
 GPUS = {gpu.name: gpu for gpu in (
-    Gpu("A100-80GB", 108, 1.41e9, 8, 2.039e12),
-    Gpu("A100-40GB", 108, 1.41e9, 8, 1.555e12),
-    Gpu("H100", 132, 1.755e9, 5, 3.35e12),
-    Gpu("H200", 132, 1.755e9, 5, 4.8e12),
+    Gpu("A100-80GB", 108, 1.41e9, 8, 2.039e12, COPY, 20e6),
+    Gpu("A100-40GB", 108, 1.41e9, 8, 1.555e12, COPY, 20e6),
+    Gpu("H100", 132, 1.755e9, 5, 3.35e12, 0.915, 25e6),
+    Gpu("H200", 132, 1.755e9, 5, 4.8e12, 0.915, 25e6),
 )}
 
 

@@ -1,4 +1,5 @@
-"""Modelled times of attention on an A100 or H100: `python -m benchmarks a100`.
+"""Modelled times of attention, and of the ops that memory limits, on an A100 or H100: `python -m
+benchmarks a100`.
 
 First the check: what the model says of FlashAttention-2's kernels, beside what their authors
 measured. Then ours, from the figures in benchmarks/baseline.json; no GPU has run them.
@@ -6,7 +7,7 @@ measured. Then ours, from the figures in benchmarks/baseline.json; no GPU has ru
 
 from .. import baseline
 from ..attention_counts import PARTS
-from . import published
+from . import bandwidth_report, published
 from .model import GPUS, Kernel, causal_flops, copy_seconds, kernel_seconds
 from .published import LENGTHS, TOKENS, WIDTH
 
@@ -90,3 +91,4 @@ def run(args):
     for D, T, *found in ours(gpu, baseline.load()["attention"]):
         pairs = [f"{mine:.0f} ({other:.0f})" for mine, other in zip(found[:3], found[3:])]
         print(f"{D:8} {T:6} {pairs[0]:>12} {pairs[1]:>12} {pairs[2]:>12}")
+    bandwidth_report.run(gpu)

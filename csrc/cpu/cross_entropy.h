@@ -1,7 +1,7 @@
 // Cross-entropy of rows of logits. Formulas in csrc/api.h.
 //
-// The forward goes over a row twice (largest, sum of exponentials; once more to smooth labels), but
-// only the first pass reads memory: a row of 131,072 fp32 is 512 KiB and stays in the L2 cache.
+// The forward goes over a row once, once more to smooth labels, and twice more where its first
+// columns hold no logit near the largest.
 #pragma once
 #include <cmath>
 
@@ -9,38 +9,48 @@
 
 LX_NAMESPACE_BEGIN
 
-// log(sum(exp(z))) of a row of V.
+// The largest of a row of V; NaN when one is.
+template <class T> Acc<T> largest(const T* z, int64_t V) {
+  using A = Acc<T>;
+  const A none = -std::numeric_limits<A>::infinity();
+  Vec<A> top[4] = {splat(none), splat(none), splat(none), splat(none)};
+  for_each_vec<A>(V, top, [&](int64_t j, auto n, Vec<A>& t) {
+    t = max_nan(t, load_or(none, z + j, n));
+  });
+  return max_nan(max_nan(max_nan(top[0], top[1]), max_nan(top[2], top[3])));
+}
+
+// sum(exp(z - shift)) of a row of V.
+template <class T> Acc<T> sum_of_exp(const T* z, int64_t V, Acc<T> shift) {
+  using A = Acc<T>;
+  Vec<A> sums[4] = {};
+  for_each_vec<A>(V, sums, [&](int64_t j, auto n, Vec<A>& s) {
+    s += exp(load_or(-std::numeric_limits<A>::infinity(), z + j, n) - shift);
+  });
+  return sum(sums);
+}
+
+// log(sum(exp(z))) of a row of V. Any shift will do with which no sum overflows and which is the
+// logit of one column: the largest of the first few, and of all only if that was too small.
 template <class T> Acc<T> log_sum_exp(const T* z, int64_t V) {
   using A = Acc<T>;
   const A inf = std::numeric_limits<A>::infinity();
-  Vec<A> top[4] = {splat(-inf), splat(-inf), splat(-inf), splat(-inf)};
-  int lane = 0;
-  for_each_vec<A>(V, [&](int64_t j, auto n) {
-    Vec<A>& t = top[lane++ & 3];
-    if constexpr (std::is_same_v<decltype(n), Whole<A>>)
-      t = max_nan(t, load(z + j));
-    else
-      t = max_nan(t, load(z + j, n, -inf));
-  });
-  const A most = max_nan(max_nan(max_nan(top[0], top[1]), max_nan(top[2], top[3])));
-  const A shift = most < inf && most > -inf ? most : 0;  // inf - inf would hide an infinite result
-  Vec<A> sums[4] = {};
-  for_each_vec<A>(V, [&](int64_t j, auto n) {
-    Vec<A>& s = sums[lane++ & 3];
-    if constexpr (std::is_same_v<decltype(n), Whole<A>>)
-      s += exp(load(z + j) - shift);
-    else
-      s += exp(load(z + j, n, -inf) - shift);
-  });
-  return shift + std::log(sum((sums[0] + sums[1]) + (sums[2] + sums[3])));
+  const auto finite = [&](A a) { return a < inf && a > -inf; };
+  A shift = largest(z, V < 256 ? V : 256);
+  A total = finite(shift) ? sum_of_exp(z, V, shift) : inf;
+  if (!finite(total)) {
+    const A most = largest(z, V);
+    shift = finite(most) ? most : 0;  // inf - inf would hide an infinite result
+    total = sum_of_exp(z, V, shift);
+  }
+  return shift + std::log(total);
 }
 
 // sum(z) of a row of V.
 template <class T> Acc<T> row_sum(const T* z, int64_t V) {
   Vec<Acc<T>> sums[4] = {};
-  int lane = 0;
-  for_each_vec<Acc<T>>(V, [&](int64_t j, auto n) { sums[lane++ & 3] += load(z + j, n); });
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for_each_vec<Acc<T>>(V, sums, [&](int64_t j, auto n, auto& s) { s += load(z + j, n); });
+  return sum(sums);
 }
 
 Status cross_entropy_fwd(void* loss, void* lse, const void* logits, Rows logits_rows,

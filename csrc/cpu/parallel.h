@@ -12,7 +12,10 @@ template <class Body> void parallel_for(Stream stream, int64_t n, int64_t grain,
   auto pool = static_cast<const ThreadPool*>(stream);
   pool->parallel_for(
       0, n, grain,
-      [](int64_t begin, int64_t end, void* arg) { (*static_cast<const Body*>(arg))(begin, end); },
+      [](int64_t begin, int64_t end, void* arg) {
+        (*static_cast<const Body*>(arg))(begin, end);
+        _mm_sfence();  // stores past the caches are seen by whoever sees that this part is done
+      },
       const_cast<Body*>(&body));
 }
 
@@ -32,6 +35,14 @@ template <class Body> void parallel_items(Stream stream, int64_t n, const Body& 
 // About how many elements are worth a thread.
 constexpr int64_t kGrainElements = 16384;
 inline int64_t grain_rows(int64_t width) { return kGrainElements / (width + 1) + 1; }
+
+// Whether rows of `width` elements, `stride` apart from p on, are written past the caches: they are
+// aligned, and more than a core's caches would keep until somebody reads them.
+template <class T> bool past_cache(const T* p, int64_t rows, int64_t width, int64_t stride) {
+  constexpr int64_t kCaches = 32 << 20, kAlign = kLanes<Acc<T>> * sizeof(T);
+  return rows * width * int64_t(sizeof(T)) > kCaches &&
+         reinterpret_cast<uintptr_t>(p) % kAlign == 0 && stride * sizeof(T) % kAlign == 0;
+}
 
 inline int64_t count(const Rows& r) { return r.size[0] * r.size[1] * r.size[2]; }
 

@@ -2,7 +2,8 @@
 //
 // A row is read twice, the second time from cache. The backward takes four rows at a time, so that
 // the weight and its gradient are read and written once for the four; the gradient of the weight is
-// summed per part (a fixed share of the rows), then over the parts in order.
+// summed per part (a fixed share of the rows), then over the parts in order. (Its stores do not go
+// past the caches: four rows in turn are too many for the buffers that gather such stores.)
 #pragma once
 #include <cmath>
 
@@ -12,24 +13,22 @@ LX_NAMESPACE_BEGIN
 
 template <class T, class W>
 void rmsnorm_fwd_row(T* y, T* h, Acc<T>* rstd, const T* x, const T* residual, const W* weight,
-                     int64_t D, double eps) {
+                     int64_t D, double eps, bool past) {
   using A = Acc<T>;
   Vec<A> squares[4] = {};
-  int lane = 0;
-  for_each_vec<A>(D, [&](int64_t j, auto n) {
+  for_each_vec<A>(D, squares, [&](int64_t j, auto n, Vec<A>& square) {
     Vec<A> v = load(x + j, n);
     if (residual) {
       store(h + j, v + load(residual + j, n), n);
       v = load(h + j, n);  // normalise what is stored: the backward sees the same numbers
     }
-    squares[lane & 3] += v * v;
-    lane++;
+    square += v * v;
   });
-  const double mean = double(sum((squares[0] + squares[1]) + (squares[2] + squares[3]))) / D;
+  const double mean = double(sum(squares)) / D;
   *rstd = static_cast<A>(1 / std::sqrt(mean + eps));
   const T* in = residual ? h : x;
   for_each_vec<A>(D, [&](int64_t j, auto n) {
-    store(y + j, load(in + j, n) * *rstd * load(weight + j, n), n);
+    store(y + j, load(in + j, n) * *rstd * load(weight + j, n), n, past);
   });
 }
 
@@ -38,12 +37,13 @@ Status rmsnorm_fwd(void* y, void* h, void* rstd, const void* x, Rows x_rows, con
                    DType weight_dtype, Stream stream) {
   return dispatch(dtype, weight_dtype, [&](auto t, auto w) {
     using T = decltype(t);
+    const bool past = past_cache(static_cast<T*>(y), count(x_rows), D, D);
     parallel_for(stream, count(x_rows), grain_rows(D), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
         rmsnorm_fwd_row(static_cast<T*>(y) + i * D, h ? static_cast<T*>(h) + i * D : nullptr,
                         static_cast<Acc<T>*>(rstd) + i, row<T>(x, x_rows, i),
                         residual ? row<T>(residual, residual_rows, i) : nullptr,
-                        static_cast<const decltype(w)*>(weight), D, eps);
+                        static_cast<const decltype(w)*>(weight), D, eps, past);
     });
     return kOk;
   });

@@ -20,7 +20,7 @@ constexpr int64_t kRopeChunk = 512;  // elements of a head whose factors are spr
 
 template <class T, class W>
 void rope_token_interleaved(T* y, const T* x, int64_t x_head_stride, const W* cos, const W* sin,
-                            Acc<T> sign, int64_t H, int64_t D) {
+                            Acc<T> sign, int64_t H, int64_t D, bool past) {
   using A = Acc<T>;
   alignas(64) A c[kRopeChunk], s[kRopeChunk];
   for (int64_t begin = 0; begin < D; begin += kRopeChunk) {
@@ -38,7 +38,7 @@ void rope_token_interleaved(T* y, const T* x, int64_t x_head_stride, const W* co
       T* out = y + h * D + begin;
       for_each_vec<A>(width, [&](int64_t j, auto n) {
         const Vec<A> v = load(in + j, n);
-        store(out + j, v * load(c + j, n) + swap_neighbours(v) * load(s + j, n), n);
+        store(out + j, v * load(c + j, n) + swap_neighbours(v) * load(s + j, n), n, past);
       });
     }
   }
@@ -46,7 +46,7 @@ void rope_token_interleaved(T* y, const T* x, int64_t x_head_stride, const W* co
 
 template <class T, class W>
 void rope_token_halves(T* y, const T* x, int64_t x_head_stride, const W* cos, const W* sin,
-                       Acc<T> sign, int64_t H, int64_t D) {
+                       Acc<T> sign, int64_t H, int64_t D, bool past) {
   using A = Acc<T>;
   const int64_t half = D / 2;
   for (int64_t h = 0; h < H; h++) {
@@ -55,8 +55,8 @@ void rope_token_halves(T* y, const T* x, int64_t x_head_stride, const W* cos, co
     for_each_vec<A>(half, [&](int64_t j, auto n) {
       const Vec<A> c = load(cos + j, n), s = load(sin + j, n) * sign;
       const Vec<A> a = load(in + j, n), b = load(in + half + j, n);
-      store(out + j, a * c - b * s, n);
-      store(out + half + j, a * s + b * c, n);
+      store(out + j, a * c - b * s, n, past);
+      store(out + half + j, a * s + b * c, n, past);
     });
   }
 }
@@ -69,19 +69,23 @@ Status rope(void* q_out, void* k_out, const void* q, Rows q_rows, const void* k,
     using W = decltype(w);
     const auto rotate = interleaved ? rope_token_interleaved<T, W> : rope_token_halves<T, W>;
     const int64_t tokens = q_rows.size[1], heads = q_rows.size[2] + k_rows.size[2];
+    const auto past = [&](void* out, const Rows& rows) {
+      return past_cache(static_cast<T*>(out), count(rows), D, interleaved ? D : D / 2);
+    };
+    const bool q_past = past(q_out, q_rows), k_past = k && past(k_out, k_rows);
     parallel_for(stream, q_rows.size[0] * tokens, grain_rows(heads * D), [&](int64_t begin,
                                                                              int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = i / tokens, position = i % tokens;
         const int64_t at = b * table_stride[0] + position * table_stride[1];
-        const auto rotate_token = [&](void* out, const void* x, const Rows& x_rows) {
+        const auto rotate_token = [&](void* out, const void* x, const Rows& x_rows, bool past) {
           rotate(static_cast<T*>(out) + i * x_rows.size[2] * D,
                  static_cast<const T*>(x) + b * x_rows.stride[0] + position * x_rows.stride[1],
                  x_rows.stride[2], static_cast<const W*>(cos) + at,
-                 static_cast<const W*>(sin) + at, inverse ? -1 : 1, x_rows.size[2], D);
+                 static_cast<const W*>(sin) + at, inverse ? -1 : 1, x_rows.size[2], D, past);
         };
-        rotate_token(q_out, q, q_rows);
-        if (k) rotate_token(k_out, k, k_rows);
+        rotate_token(q_out, q, q_rows, q_past);
+        if (k) rotate_token(k_out, k, k_rows, k_past);
       }
     });
     return kOk;

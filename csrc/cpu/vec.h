@@ -53,19 +53,29 @@ inline Vec64 splat(double a) { return Vec64{} + a; }
 
 // ---- float <-> storage, whole vectors ---------------------------------------------------------
 
-inline Vec32 widen(Bits16 h, bf16) { return (Vec32)(__builtin_convertvector(h, Bits32) << 16); }
+inline Vec32 widen(Bits16 h, bf16) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC finds a longer way
+  return (Vec32)((Bits32)_mm256_cvtepu16_epi32((__m128i)h) << 16);
+#else
+  return (Vec32)(__builtin_convertvector(h, Bits32) << 16);
+#endif
+}
 
 // Rounds to nearest even; NaN stays NaN. The CPU's own instruction takes subnormal numbers for 0.
-#if defined(__AVX512BF16__)
-inline Bits16 narrow(Vec32 v, bf16) { return (Bits16)_mm512_cvtneps_pbh((__m512)v); }
-#else
 inline Bits16 narrow(Vec32 v, bf16) {
-  const Bits32 u = (Bits32)v;
-  const Bits32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const Bits32 quiet = (u >> 16) | 0x40;
-  return __builtin_convertvector(v == v ? rounded : quiet, Bits16);
-}
+#if defined(__AVX512BF16__)
+  return (Bits16)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const Bits32 u = (Bits32)v, rounded = u + 0x7fff + ((u >> 16) & 1);
+  const Bits32 high = (rounded | (Bits32)(v != v)) >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC finds a longer way
+  return (Bits16)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)high),
+                                  _mm256_extracti128_si256((__m256i)high, 1));
+#else
+  return __builtin_convertvector(high, Bits16);
 #endif
+#endif
+}
 
 #if defined(__AVX512F__)
 inline Vec32 widen(Bits16 h, f16) { return (Vec32)_mm512_cvtph_ps((__m256i)h); }
@@ -124,6 +134,28 @@ template <class T> inline void store(T* p, Vec<Acc<T>> v) {
   }
 }
 
+// store, past the caches (the vector at p is aligned): memory need not be read before it is written.
+template <class T> inline void store_past_cache(T* p, Vec<Acc<T>> v) {
+  if constexpr (sizeof(T) == 2) {
+    const Bits16 h = narrow(v, T{});
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)h);
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)h);
+#else
+    memcpy(p, &h, sizeof h);
+#endif
+  } else {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#endif
+  }
+}
+
 // The first n < kLanes elements at p, the rest `fill`.
 template <class T> inline Vec<Acc<T>> load(const T* p, int64_t n, Acc<T> fill = 0) {
   T part[kLanes<Acc<T>>] = {};
@@ -147,10 +179,33 @@ template <class T, class A> inline Vec<A> load(const T* p, Whole<A>) {
 }
 template <class T, class A> inline void store(T* p, Vec<A> v, Whole<A>) { store(p, v); }
 
+// store, past the caches or not.
+template <class T, class A> inline void store(T* p, Vec<A> v, Whole<A>, bool past_cache) {
+  past_cache ? store_past_cache(p, v) : store(p, v);
+}
+template <class T, class V> inline void store(T* p, V v, int64_t n, bool) { store(p, v, n); }
+
+// load, with `fill` beyond the last element.
+template <class T, class A> inline Vec<A> load_or(A, const T* p, Whole<A>) { return load(p); }
+template <class T, class A> inline Vec<A> load_or(A fill, const T* p, int64_t n) {
+  return load(p, n, fill);
+}
+
 template <class A, class Body> inline void for_each_vec(int64_t width, Body body) {
   int64_t j = 0;
   for (; j + kLanes<A> <= width; j += kLanes<A>) body(j, Whole<A>{});
   if (j < width) body(j, width - j);
+}
+
+// Likewise; body(j, n, sum) with one of four sums, so that no addition waits for the one before.
+template <class A, class V, class Body>
+inline void for_each_vec(int64_t width, V (&sums)[4], Body body) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes<A> <= width; j += 4 * kLanes<A>)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) body(j + i * kLanes<A>, Whole<A>{}, sums[i]);
+  for (; j + kLanes<A> <= width; j += kLanes<A>) body(j, Whole<A>{}, sums[0]);
+  if (j < width) body(j, width - j, sums[1]);
 }
 
 // ---- across lanes, and functions --------------------------------------------------------------
@@ -172,36 +227,53 @@ template <class V> inline Lane<V> max_nan(V v) {
   return m;
 }
 
-// e^x to about 1 ulp in the range of normal numbers; inf above it, NaN for NaN, below it 0 or a
-// subnormal number. x = n ln2 + r with |r| <= ln2 / 2, e^r by its Taylor polynomial; 2^n by the
-// exponent bits, in two halves so that n = 128 does not overflow early.
-inline Vec32 exp(Vec32 x) {
+// The larger, the smaller of a bound and x; NaN when x is (the instructions return their second).
 #if defined(__AVX512F__)
-  const __m512 high = _mm512_set1_ps(128), low = _mm512_set1_ps(-128);
-  const Vec32 clamped = (Vec32)_mm512_max_ps(low, _mm512_min_ps(high, (__m512)x));  // keeps NaN
+inline Vec32 at_least(float bound, Vec32 x) {
+  return (Vec32)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+}
+inline Vec32 at_most(float bound, Vec32 x) {
+  return (Vec32)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
+}
+#elif defined(__AVX2__)
+inline Vec32 at_least(float bound, Vec32 x) {
+  return (Vec32)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
+}
+inline Vec32 at_most(float bound, Vec32 x) {
+  return (Vec32)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
+}
+#else
+inline Vec32 at_least(float bound, Vec32 x) { return splat(bound) > x ? splat(bound) : x; }
+inline Vec32 at_most(float bound, Vec32 x) { return splat(bound) < x ? splat(bound) : x; }
+#endif
+
+template <class V> inline Lane<V> sum(const V (&v)[4]) { return sum((v[0] + v[1]) + (v[2] + v[3])); }
+
+// e^x to about 1 ulp above 2^-125.5; below that 0 (or, with AVX-512, a number as small), inf where
+// it overflows, NaN for NaN. x = n ln2 + r with |r| <= ln2 / 2; e^r by its minimax polynomial.
+inline Vec32 exp(Vec32 x) {
+  const Vec32 clamped = at_least(-87.3f, at_most(89, x));
+#if defined(__AVX512F__)
   const Vec32 n = (Vec32)_mm512_roundscale_ps((__m512)(clamped * 1.44269504f),
                                               _MM_FROUND_TO_NEAREST_INT);
 #else
-  const Vec32 big = splat(88.72284f), small = splat(-87.33654f), shift = splat(12582912.f);
-  const Vec32 clamped = x > big ? big : (x < small ? small : x);
-  const Vec32 n = (clamped * 1.44269504f + shift) - shift;
+  const Vec32 shift = splat(12582912.f);
+  const Vec32 moved = clamped * 1.44269504f + shift, n = moved - shift;
 #endif
   const Vec32 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec32 p = splat(1.f / 5040);
-  p = p * r + 1.f / 720;
-  p = p * r + 1.f / 120;
-  p = p * r + 1.f / 24;
-  p = p * r + 1.f / 6;
-  p = p * r + 0.5f;
+  Vec32 p = splat(1.381446698e-3f);
+  p = p * r + 8.368780479e-3f;
+  p = p * r + 4.166839422e-2f;
+  p = p * r + 1.666652011e-1f;
+  p = p * r + 4.999999341e-1f;
   p = p * r + 1.f;
   p = p * r + 1.f;
 #if defined(__AVX512F__)
   return (Vec32)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  const Int32 k = __builtin_convertvector(n, Int32), half = k >> 1;
-  const Vec32 y = p * (Vec32)((half + 127) << 23) * (Vec32)((k - half + 127) << 23);
-  const Vec32 low = x < small ? Vec32{} : y;
-  return x > big ? splat(__builtin_inff()) : (x == x ? low : x);
+  // moved ends in the bits of n; 2^128 is no number, so 2^(n - 1) it is, of 2 p.
+  const Bits32 half_power = ((Bits32)moved << 23) + (126u << 23);
+  return (p + p) * (Vec32)half_power;
 #endif
 }
 
@@ -228,13 +300,13 @@ inline Vec64 exp(Vec64 x) {
 inline Vec32 exp_negative(Vec32 x) {
   const Vec32 t = x * 1.44269504f;
 #if defined(__AVX512F__)
-  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-200), (__m512)t);  // NaN stays: it is second
-  const Vec32 n = (Vec32)_mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT);
+  const Vec32 clamped = at_least(-200, t);
+  const Vec32 n = (Vec32)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT);
 #else
-  const Vec32 clamped = t < -126.f ? splat(-126.f) : t, shift = splat(12582912.f);
-  const Vec32 n = (clamped + shift) - shift;
+  const Vec32 clamped = at_least(-127, t), shift = splat(12582912.f);
+  const Vec32 moved = clamped + shift, n = moved - shift;
 #endif
-  const Vec32 f = (Vec32)clamped - n;
+  const Vec32 f = clamped - n;
   Vec32 p = splat(1.535336159e-4f);
   p = p * f + 1.339887452e-3f;
   p = p * f + 9.618437360e-3f;
@@ -245,9 +317,7 @@ inline Vec32 exp_negative(Vec32 x) {
 #if defined(__AVX512F__)
   return (Vec32)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  const Vec32 y = p * (Vec32)((__builtin_convertvector(n, Int32) + 127) << 23);
-  const Vec32 low = t < -126.f ? Vec32{} : y;
-  return x == x ? low : x;
+  return p * (Vec32)(((Bits32)moved << 23) + (127u << 23));  // moved ends in the bits of n
 #endif
 }
 

@@ -44,6 +44,31 @@ def loads_in_flight(code):
     return most
 
 
+def load_rounds(code, load_bytes):
+    """How often a warp waits for loads from global memory, one wait after the other, if it loads
+    `load_bytes` with the instructions in `code`. Going through them once, in order, a load that is
+    issued after the result of another was first used is of a later round than that one. The rounds
+    with loads of the widest kind are repeated as often as the bytes ask for; others count once."""
+    waiting, done, widest = [], 0, {}  # widest: {round: (bytes of a lane, how many such loads)}
+    for text in code:
+        registers = {int(r) for r in re.findall(r"\bR(\d+)", text)}
+        used = [i for i, (results, _) in enumerate(waiting) if results & registers]
+        if used:
+            done = max(done, *(turn for _, turn in waiting[:used[-1] + 1]))
+            waiting = waiting[used[-1] + 1:]
+        if load := re.match(r"LDG\S*", text):
+            first = int(re.search(r"\bR(\d+)", text)[1])
+            words = 4 if ".128" in load[0] else 2 if ".64" in load[0] else 1
+            waiting.append((set(range(first, first + words)), done + 1))
+            size, loads = widest.get(done + 1, (0, 0))
+            widest[done + 1] = max((size, loads),
+                                   (4 * words, loads + 1 if size == 4 * words else 1))
+    most = max((size for size, _ in widest.values()), default=0)
+    wide = [loads for size, loads in widest.values() if size == most]
+    times = load_bytes / (32 * most * sum(wide)) if wide else 0
+    return len(widest) - len(wide) + len(wide) * max(1, times)
+
+
 def resident_threads(registers, block_threads, shared_bytes):
     """Threads that an SM holds of blocks of so many threads with so many registers each and so much
     shared memory: registers are given out by 256 a warp."""
