@@ -2,8 +2,8 @@
 
 training step   forward with the loss, and backward; the optimizer, which is the same for all, is
                 left out. Its rate is held against that of a matrix product, the FLOPs counted as in
-                llama_ext.estimate (causal attention halved, nothing but products): on the machine's
-                own limit what MFU is on a data sheet's.
+                llama_ext.estimate (causal attention halved, nothing but products): what MFU, which
+                is printed for an A100, H100 or H200, is with the data sheet's peak
 prompt          one pass over the prompt and the first new token
 decode          each further token, greedy; held against the bandwidth of a copy by the bytes of the
                 weights, which each of them reads once (reading alone may exceed a copy)
@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import llama_ext as lx
+from llama_ext.device import data_sheet_peak
 from llama_ext.estimate import flops_per_token
 from llama_ext.formats import hf_name, is_rotated, to_half, to_hf_config
 from llama_ext.generate import generate
@@ -218,6 +219,9 @@ def training_row(clock, model, found, size, batch, length, rounds):
     row["providers"] = {name: result.entry(
         [sum(stages) for stages in times[name]], work, flops / row["limit_rate"],
         kept_bytes=kept[name], **peaks.get(name, {})) for name in right}
+    if weight.is_cuda and (peak := data_sheet_peak(torch.cuda.get_device_name(), row["dtype"])):
+        for entry in row["providers"].values():
+            entry["mfu"] = flops / entry["seconds"] / peak
     return row
 
 
@@ -254,13 +258,17 @@ def generation_rows(clock, model, found, size, batch, length, new, rounds):
     return rows
 
 
-def _kept(row):
-    """A line on the memory that a training row's providers keep."""
-    if not row["providers"]:
-        return None
-    each = [f"{name} {entry['kept_bytes'] / row['work']:,.0f}"
-            for name, entry in row["providers"].items()]
-    return f"    kept for the backward, bytes per token: {', '.join(each)}"
+def _more(row):
+    """Lines on what a training row knows of its providers besides time, or None."""
+    shown = (("kept_bytes", "kept for the backward, bytes per token", 1 / row["work"], ",.0f"),
+             ("peak_bytes", "peak of the memory allocated, GB", 1e-9, ".2f"),
+             ("mfu", "MFU by the data sheet, %", 100, ".1f"))
+    lines = []
+    for key, what, scale, form in shown:
+        each = [f"{name} {entry[key] * scale:{form}}" for name, entry in row["providers"].items()
+                if key in entry]
+        lines += [f"    {what}: {', '.join(each)}"] if each else []
+    return "\n".join(lines) or None
 
 
 def missing():
@@ -288,7 +296,7 @@ def run(args):
         found = entrants(model, present)
         batch, tokens, prompt, new = args.batch, args.tokens, args.prompt, args.new
         row = training_row(clock, model, found, size, batch, tokens, args.rounds)
-        report.add(row, _kept(row))
+        report.add(row, _more(row))
         for row in generation_rows(clock, model, found, size, 1, prompt, new, args.rounds):
             report.add(row)
         del model, found

@@ -146,7 +146,7 @@ def heading(about):
 
 def columns(names):
     """The line above the table, for providers `names`, ours first."""
-    return (f"{'op':20} {'shape':26} {'dtype':5} {'direction':16} {'ours, ms':>9} "
+    return (f"{'op':20} {'shape':28} {'dtype':5} {'direction':16} {'ours, ms':>9} "
             f"{'p20 - p80':>15} {'rate':>14} {'limit':>6} "
             + " ".join(f"{name[:12] + ' %':>{_width(name)}}" for name in names)
             + f" {'best peer / ours':>24}")
@@ -177,7 +177,7 @@ def line(row, names):
               for name in names]
     ratio, best = best_peer(row)
     compared = f"{best[:18]} {ratio:5.2f}" if best else "-"
-    return (f"{row['op']:20} {row['shape']:26} {row['dtype']:5} {row['direction']:16} {times} "
+    return (f"{row['op']:20} {row['shape']:28} {row['dtype']:5} {row['direction']:16} {times} "
             f"{row['limit']:>6} "
             + " ".join(f"{share:>{_width(name)}}" for share, name in zip(shares, names))
             + f" {compared:>24}")

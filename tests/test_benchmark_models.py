@@ -97,6 +97,15 @@ def test_training_row(model):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_more_figures_of_a_training_row():
+    row = {"work": 2, "providers": {"llama_ext": {"kept_bytes": 4000, "peak_bytes": 2e9,
+                                                  "mfu": 0.5}, "hf": {"kept_bytes": 6000}}}
+    assert models._more(row).splitlines() == [
+        "    kept for the backward, bytes per token: llama_ext 2,000, hf 3,000",
+        "    peak of the memory allocated, GB: llama_ext 2.00",
+        "    MFU by the data sheet, %: llama_ext 50.0"]
+
+
 def test_generation_rows(model, monkeypatch):
     """Prompt: the time of one token; decode: what `new` further ones add to it."""
     waits = {1: 0.5, 5: 2.5}
