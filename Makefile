@@ -1,12 +1,13 @@
 # make demo   train a LLaMA of 10M parameters on the Python standard library's sources
 # make test   run every test, and those of the CUDA kernels on the virtual A100
-# make bench  time the ops beside their peers
+# make bench  time ops and models beside their peers, on the GPU where there is one
 # make clean  remove what these made
 #
 # Each sets up all it needs in .venv. TORCH chooses another torch: make test TORCH=torch==2.14.1
 
 PYTHON ?= python3
-TORCH ?= $(if $(shell nvidia-smi 2>/dev/null),torch,torch==2.13.0)
+gpu := $(shell nvidia-smi -L 2>/dev/null)
+TORCH ?= $(if $(gpu),torch,torch==2.13.0)
 bin := .venv/bin
 data := out/data
 run := out/run
@@ -27,8 +28,23 @@ test: $(bin)/built $(bin)/nvcc
 	$(bin)/python -m pytest -q
 	$(bin)/python -m pytest -q --backend=vgpu $(vgpu_tests)
 
-bench: $(bin)/built
-	$(bin)/python -m benchmarks run
+ifdef gpu
+# Twice: the first build may have come before the nvcc.
+bench: $(bin)/built $(bin)/nvcc
+	$(bin)/python setup.py -q build_ext --inplace
+	@mkdir -p out/bench
+	$(bin)/python -m benchmarks run --backend cuda --json out/bench/ops.json --plots out/bench/ops
+	$(bin)/python -m benchmarks models --backend cuda --sizes 7B --layers 8 --batch 1 --tokens 2048 \
+	  --prompt 512 --new 64 --dtypes bf16 --json out/bench/models.json --plots out/bench/models
+else
+bench: $(bin)/built $(bin)/nvcc
+	@mkdir -p out/bench
+	$(bin)/python -m benchmarks run --sizes small --json out/bench/ops.json --plots out/bench/ops
+	$(bin)/python -m benchmarks models --json out/bench/models.json --plots out/bench/models
+	$(bin)/python -m benchmarks run --backend vgpu --ops rmsnorm swiglu rope attention \
+	  --json out/bench/vgpu.json --plots out/bench/vgpu
+	$(bin)/python -m benchmarks a100
+endif
 
 clean:
 	rm -rf .venv build out llama_ext.egg-info llama_ext/*.so

@@ -1,161 +1,125 @@
-"""What is timed: for each op its shapes, its inputs, and the ways there are to compute it.
+"""What is timed: each op at the shapes of a model, its inputs, and the least that it must do.
 
-A provider takes the inputs and returns one tensor or a tuple. "eager" is the formula as people write
-it by hand (llama_ext.ref), "built-in" torch's own fused function, "compile" torch.compile of the
-faster-compiling of the two.
-
-B batch, T tokens, H heads, Hkv key/value heads, D width or head dim, F feed-forward width,
-V vocabulary, C hidden width.
+B batch, T queries, S keys, H heads, Hkv key/value heads, D width of a head, C width, F feed-forward
+width, V vocabulary, N = B T rows.
 """
 
-from dataclasses import dataclass
-from typing import Callable
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
-import llama_ext as lx
+# C, F, H, D of a size; V is 32,000.
+SIZES = {"small": (512, 1408, 8, 64), "7B": (4096, 11008, 32, 128), "13B": (5120, 13824, 40, 128),
+         "33B": (6656, 17920, 52, 128), "65B": (8192, 22016, 64, 128)}
+SWEEP = "sweep"  # attention over T
+VOCABULARY = 32000
+TOKENS = {"cpu": {"small": (4, 512), "large": (1, 1024)},  # B, T
+          "cuda": {"small": (16, 512), "large": (4, 2048)}}
+LOSS_ROWS = {"cpu": 512, "cuda": 8192}
+SWEEPS = {"cpu": (2048, 512, (64,), (256, 512, 1024, 2048)),  # tokens in a batch, C, each D, each T
+          "cuda": (16384, 2048, (64, 128), (512, 1024, 2048, 4096, 8192, 16384))}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
+    """bytes, flops: what the forward and the backward must at least move (given the bytes of an
+    element) and compute; frozen: positions of inputs that take no gradient; options: what the
+    providers need to know beside the inputs."""
+
     op: str
     shape: str
-    inputs: Callable       # dtype -> list of tensors; the floating ones require gradients
-    providers: dict        # name -> callable
-    frozen: tuple = ()     # positions of inputs that need no gradient
+    inputs: Callable                  # dtype -> list of tensors on the CPU
+    bytes: Callable                   # bytes of an element -> (forward, backward)
+    flops: tuple = (0, 0)             # forward, backward
+    frozen: tuple = ()
+    options: dict = field(default_factory=dict)
+
+    def differentiable(self, inputs):
+        """Positions of the inputs that take a gradient."""
+        return [i for i, t in enumerate(inputs)
+                if t.is_floating_point() and i not in self.frozen]
 
 
-def rmsnorm(rows, D):
-    def inputs(dtype):
-        return [torch.randn(rows, D).to(dtype), torch.rand(D).to(dtype)]
-    return Case("rmsnorm", f"{rows} x {D}", inputs, {
-        "llama_ext": lx.rmsnorm,
-        "eager": lx.ref.rmsnorm,
-        "built-in": lambda x, w: F.rms_norm(x, (D,), w, 1e-6),
-        "compile": torch.compile(lx.ref.rmsnorm, dynamic=False),
-    })
+def rmsnorm(N, C):
+    return Case("rmsnorm", f"{N} x {C}",
+                lambda dtype: [torch.randn(N, C).to(dtype), torch.rand(C).to(dtype)],
+                lambda e: (2 * N * C * e, 3 * N * C * e))
 
 
-def rmsnorm_residual(rows, D):
-    def inputs(dtype):
-        return [torch.randn(rows, D).to(dtype), torch.randn(rows, D).to(dtype),
-                torch.rand(D).to(dtype)]
-
-    def builtin(x, residual, w):
-        h = x + residual
-        return F.rms_norm(h, (D,), w, 1e-6), h
-    return Case("rmsnorm_residual", f"{rows} x {D}", inputs, {
-        "llama_ext": lx.rmsnorm_residual,
-        "eager": lx.ref.rmsnorm_residual,
-        "built-in": builtin,
-        "compile": torch.compile(lx.ref.rmsnorm_residual, dynamic=False),
-    })
+def rmsnorm_residual(N, C):
+    return Case("rmsnorm_residual", f"{N} x {C}",
+                lambda dtype: [torch.randn(N, C).to(dtype), torch.randn(N, C).to(dtype),
+                               torch.rand(C).to(dtype)],
+                lambda e: (4 * N * C * e, 4 * N * C * e))
 
 
-def swiglu(rows, width):
-    def inputs(dtype):
-        return [torch.randn(rows, width).to(dtype) for _ in range(2)]
-
-    def builtin(gate, up):
-        return F.silu(gate) * up
-    return Case("swiglu", f"{rows} x {width}", inputs, {
-        "llama_ext": lx.swiglu,
-        "eager": lx.ref.swiglu,
-        "built-in": builtin,
-        "compile": torch.compile(builtin, dynamic=False),
-    })
-
-
-def _rotate_half(x, cos, sin):
-    c, s = (torch.cat((t, t), -1)[:, None].to(x.dtype) for t in (cos, sin))
-    a, b = x.chunk(2, -1)
-    return x * c + torch.cat((-b, a), -1) * s
-
-
-def complex_rope(x, cos, sin):
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(-2).to(x.dtype)
+def swiglu(N, F):
+    return Case("swiglu", f"{N} x {F}",
+                lambda dtype: [torch.randn(N, F).to(dtype) for _ in range(2)],
+                lambda e: (3 * N * F * e, 5 * N * F * e))
 
 
 def rope(B, T, H, D, interleaved):
     def inputs(dtype):
         angle = torch.outer(torch.arange(T), 1e4 ** (-torch.arange(0, D, 2) / D))
         return [torch.randn(B, T, H, D).to(dtype), angle.cos(), angle.sin()]
-    by_hand = complex_rope if interleaved else _rotate_half
-    return Case("rope", f"{B} x {T} x {H} x {D} {'Meta' if interleaved else 'HF'}", inputs, {
-        "llama_ext": lambda x, cos, sin: lx.rope(x, cos, sin, interleaved),
-        "eager": by_hand,
-        "compile": torch.compile(lx.ref.rope if interleaved else by_hand, dynamic=False),
-    }, frozen=(1, 2))
+    return Case("rope", f"{B} x {T} x {H} x {D} {'Meta' if interleaved else 'HF'}", inputs,
+                lambda e: (2 * B * T * H * D * e,) * 2, frozen=(1, 2),
+                options={"interleaved": interleaved})
 
 
-def attention(B, T, H, D, Hkv=None):
-    Hkv = Hkv or H
+def attention(B, T, H, D, Hkv=None, S=None):
+    """Causal; with S > T = 1 one query over a cache, forward only."""
+    Hkv, decode, S = Hkv or H, S is not None, S or T
 
     def inputs(dtype):
-        return [torch.randn(B, T, heads, D).to(dtype) for heads in (H, Hkv, Hkv)]
-
-    def sdpa(q, k, v):
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                              enable_gqa=Hkv != H).transpose(1, 2)
-    providers = {"llama_ext": lx.attention, "built-in": sdpa}
-    if B * H * T * T <= 1 << 25:  # these keep the whole score matrix
-        providers |= {"eager": lx.ref.attention,
-                      "compile": torch.compile(lx.ref.attention, dynamic=False)}
+        return [torch.randn(B, rows, heads, D).to(dtype)
+                for rows, heads in ((T, H), (S, Hkv), (S, Hkv))]
+    pairs = S if decode else T * T / 2
     heads = f"{H} heads" if Hkv == H else f"{H}/{Hkv} heads"
-    return Case("attention", f"{B} x {T}, {heads}, d{D}", inputs, providers)
+    elements = 2 * B * D * (T * H + S * Hkv)  # q and o, k and v
+    forward = 4 * B * H * D * pairs
+    return Case("attention", f"{B} x {f'1 of {S}' if decode else T}, {heads}, d{D}", inputs,
+                lambda e: (elements * e, 2 * elements * e), (forward, 2.5 * forward),
+                frozen=(0, 1, 2) if decode else (), options={"T": T, "S": S, "D": D, "H": H,
+                                                             "Hkv": Hkv, "scores": B * H * T * S})
 
 
-def cross_entropy(rows, V):
+def cross_entropy(N, V):
+    return Case("cross_entropy", f"{N} x {V}",
+                lambda dtype: [torch.randn(N, V).to(dtype), torch.randint(V, (N,))],
+                lambda e: (N * V * e, 2 * N * V * e))
+
+
+def linear_cross_entropy(N, C, V):
+    flops = 2 * N * C * V
+    return Case("linear_cross_entropy", f"{N} x {C} -> {V}",
+                lambda dtype: [torch.randn(N, C).to(dtype),
+                               (torch.randn(V, C) * C ** -0.5).to(dtype), torch.randint(V, (N,))],
+                lambda e: ((N + V) * C * e, 2 * (N + V) * C * e), (flops, 2 * flops))
+
+
+def linear_int8(N, K, M):
+    """Beside a linear layer with weights in the dtype of x, which reads more bytes."""
     def inputs(dtype):
-        return [torch.randn(rows, V).to(dtype), torch.randint(V, (rows,))]
-    return Case("cross_entropy", f"{rows} x {V}", inputs, {
-        "llama_ext": lx.cross_entropy,
-        "eager": lx.ref.cross_entropy,
-        "built-in": lambda z, t: F.cross_entropy(z.float(), t),
-        "compile": torch.compile(lambda z, t: F.cross_entropy(z.float(), t), dynamic=False),
-    })
+        weight, scale = torch.randint(-127, 128, (M, K), dtype=torch.int8), torch.rand(M) / 100
+        return [torch.randn(N, K).to(dtype), weight, scale, (weight * scale[:, None]).to(dtype)]
+    return Case("linear_int8", f"{N} x {K} -> {M}", inputs,
+                lambda e: (N * (K + M) * e + M * K, N * (K + M) * e + M * K),
+                (2 * N * K * M, 2 * N * K * M), frozen=(0, 2, 3))
 
 
-def linear_cross_entropy(rows, C, V):
-    def inputs(dtype):
-        return [torch.randn(rows, C).to(dtype), (torch.randn(V, C) * C ** -0.5).to(dtype),
-                torch.randint(V, (rows,))]
-
-    def builtin(hidden, weight, target):
-        return F.cross_entropy(F.linear(hidden, weight).float(), target)
-    return Case("linear_cross_entropy", f"{rows} x {C} -> {V}", inputs, {
-        "llama_ext": lx.linear_cross_entropy,
-        "eager": lx.ref.linear_cross_entropy,
-        "built-in": builtin,
-        "compile": torch.compile(builtin, dynamic=False),
-    })
-
-
-def linear_int8(rows, K, N):
-    """Beside a linear layer with weights in the dtype of x, which reads twice as many bytes."""
-    def inputs(dtype):
-        weight = torch.randint(-127, 128, (N, K), dtype=torch.int8)
-        scale = torch.rand(N) / 100
-        return [torch.randn(rows, K).to(dtype), weight, scale,
-                (weight * scale[:, None]).to(dtype)]
-    return Case("linear_int8", f"{rows} x {K} -> {N}", inputs, {
-        "llama_ext": lambda x, weight, scale, _: lx.linear_int8(x, weight, scale),
-        "eager": lambda x, weight, scale, _: lx.ref.linear_int8(x, weight, scale),
-        "full weights": lambda x, _, scale, full: F.linear(x, full),
-    }, frozen=(2, 3))
-
-
-CASES = [
-    rmsnorm(2048, 4096), rmsnorm(2048, 320), rmsnorm(8, 4096),
-    rmsnorm_residual(2048, 4096), rmsnorm_residual(2048, 320),
-    swiglu(2048, 11008), swiglu(2048, 1024), swiglu(8, 11008),
-    rope(1, 2048, 32, 128, True), rope(1, 2048, 32, 128, False), rope(8, 256, 6, 64, True),
-    attention(4, 512, 8, 64), attention(1, 2048, 32, 128), attention(8, 256, 6, 64),
-    attention(1, 1024, 16, 128, Hkv=4),
-    cross_entropy(1024, 32000), cross_entropy(2048, 4096),
-    linear_cross_entropy(2048, 320, 4096), linear_cross_entropy(1024, 1024, 32000),
-    linear_int8(1, 4096, 4096), linear_int8(8, 4096, 4096), linear_int8(256, 1024, 2816),
-]
+def of_size(size, backend):
+    """The cases of a size: "small", "7B", ... or "sweep", on "cpu" or "cuda"."""
+    if size == SWEEP:
+        tokens, width, widths, lengths = SWEEPS[backend]
+        return [attention(tokens // T, T, width // D, D) for D in widths for T in lengths]
+    C, F, H, D = SIZES[size]
+    B, T = TOKENS[backend]["small" if size == "small" else "large"]
+    rows, V = LOSS_ROWS[backend], VOCABULARY
+    return [rmsnorm(B * T, C), rmsnorm_residual(B * T, C), swiglu(B * T, F),
+            rope(B, T, H, D, True), rope(B, T, H, D, False),
+            attention(B, T, H, D), attention(B, T, H, D, Hkv=H // 4), attention(B, 1, H, D, S=T),
+            cross_entropy(rows, V), linear_cross_entropy(rows, C, V),
+            linear_int8(1, C, C), linear_int8(8, C, C)]

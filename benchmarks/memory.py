@@ -26,7 +26,7 @@ from llama_ext.block import why_composed
 from llama_ext.memory import reuse_freed_memory
 from llama_ext.model import LlamaConfig
 
-from .cases import complex_rope
+from .providers import complex_rope
 from .timing import ALLOWED_ERROR, DTYPES
 
 SDPA = "torch, SDPA"
