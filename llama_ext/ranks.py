@@ -5,6 +5,8 @@ import contextlib
 import os
 import signal
 import threading
+import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -24,13 +26,36 @@ def start(device):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, number, count = next(dist.rendezvous("env://"))
-        if os.environ["GROUP_WORLD_SIZE"] == "1":
-            # The store outlives the processes. After a restart it still has the addresses of those
-            # before, to which the new ones could connect. (Machines count restarts each for itself,
-            # so that between several this number is no name they share.)
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store,
-                                rank=number, world_size=count)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                                store=_fresh(store, number, count), rank=number, world_size=count)
+
+
+def _fresh(store, number, count):
+    """`store` under a prefix that these processes share and none before them had.
+
+    torchrun's store outlives the processes: after a restart it still has the addresses of those
+    before, to which the new ones could connect. Machines count restarts each for itself, so that
+    this count is no name that all of them have. Rank 0 chooses the name, and tells it to the others
+    under names of their own: what was left behind by an earlier process is answered too, and read
+    by nobody.
+    """
+    own = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"asks/{number}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/has/{number}", "")
+        return dist.PrefixStore(name, store)
+    end, missing = time.monotonic() + store.timeout.total_seconds(), list(range(1, count))
+    while missing:
+        for other in missing:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        missing = [other for other in missing if not store.check([f"{own}/has/{other}"])]
+        if missing and time.monotonic() > end:
+            raise dist.DistStoreError(f"expected {count} processes, got none of rank "
+                                      f"{missing[0]} in {store.timeout}")
+        time.sleep(0.01)
+    return dist.PrefixStore(own, store)
 
 
 def finish():

@@ -6,6 +6,7 @@ import itertools
 import os
 import pkgutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,25 +33,25 @@ def run_all(configs):
     return [train(config) for config in configs]
 
 
-def torchrun(config, processes, *options):
+def torchrun(config, processes, *options, machines=("--standalone",)):
     arguments = [f"--{name.replace('_', '-')}={value}"
                  for name, value in dataclasses.asdict(config).items()
                  if value is not None and value is not False]
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+        [sys.executable, "-m", "torch.distributed.run", *machines,
          f"--nproc-per-node={processes}", *options, "-m", "--", "llama_ext", "train", *arguments],
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def worker(process, rank):
-    """The process id of a rank that this torchrun has started last."""
+    """The process id of a rank that this torchrun has started; None where another has."""
     with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
         for pid in file.read().split():
             with open(f"/proc/{pid}/environ") as environ:
                 if f"RANK={rank}" in environ.read().split("\0"):
                     return int(pid)
-    raise AssertionError(f"rank {rank} does not run")
+    return None
 
 
 def wait_for(process, config, step):
@@ -159,6 +160,26 @@ def test_processes_that_are_killed_and_stopped_end_bitwise_as_if_never(small,  #
     assert rows(plain.run) == rows(killed.run)
     expected = weights(plain.run)
     assert all(torch.equal(p, expected[name]) for name, p in weights(killed.run).items())
+
+
+def test_a_killed_process_costs_two_machines_no_more(small, tmp_path):  # noqa: F811
+    options = {"steps": 30, "save_every": 5, "val_every": 20}
+    plain = small(run=str(tmp_path / "plain"), **options)
+    killed = small(run=str(tmp_path / "killed"), **options)
+    processes.run(2, run_all, [plain])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    machines = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}",
+                "--local-addr=localhost")
+    agents = [torchrun(killed, 1, "--max-restarts=1", machines=machines) for _ in range(2)]
+    wait_for(agents[0], killed, 12)
+    victim, = filter(None, (worker(agent, 1) for agent in agents))
+    os.kill(victim, signal.SIGKILL)
+    ends = [agent.communicate(timeout=120) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ends
+    assert sum(out.count("resuming") for out, _ in ends) == 1
+    assert rows(plain.run) == rows(killed.run)
 
 
 def test_what_is_wrong_for_all_is_said_once_before_any_work(small):  # noqa: F811
