@@ -27,6 +27,7 @@ from llama_ext.memory import reuse_freed_memory
 from llama_ext.model import LlamaConfig
 
 from .providers import complex_rope
+from .run import error_of
 from .timing import ALLOWED_ERROR, DTYPES
 
 SDPA = "torch, SDPA"
@@ -132,8 +133,7 @@ def measure(config, batch, tokens, dtype, rounds):
     rows, times = {}, {name: [] for name in VARIANTS}
     for name, fn in VARIANTS.items():
         outputs, grads = step(fn, *args)
-        error = max(((g.float() - e).norm() / e.norm()).item()
-                    for g, e in zip((*outputs, *grads), exact))
+        error = error_of([g.float() for g in (*outputs, *grads)], exact)
         if not error <= ALLOWED_ERROR[dtype]:
             raise RuntimeError(f"memory: {name}: expected an error of at most "
                                f"{ALLOWED_ERROR[dtype]:g}, got {error:.3g}")

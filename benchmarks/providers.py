@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import llama_ext as lx
 from llama_ext.errors import LlamaExtError
 
+from . import result
+
 EPS = 1e-6
 SCORES = 1 << 27  # elements of a score matrix up to which it is held whole
 
@@ -265,9 +267,9 @@ class Provider:
         except ModuleNotFoundError as error:
             if error.name == self.module:
                 return "not installed"
-            return f"its import fails: {error}"
+            return f"its import fails: {result.sentence(error)}"
         except Exception as error:  # a binary of another torch, a driver that is not there, ...
-            return f"its import fails: {str(error).splitlines()[0]}"
+            return f"its import fails: {result.sentence(error)}"
         return "needs CUDA" if self.cuda and device != "cuda" else None
 
     def version(self):

@@ -36,6 +36,11 @@ def entry(samples, work, ideal, **more):
     return {**times, "rate": work / times["seconds"], "share": ideal / times["seconds"], **more}
 
 
+def sentence(fault):
+    """The first line of an exception, with its type."""
+    return f"{type(fault).__name__}: {str(fault).strip()}".splitlines()[0]
+
+
 def key(row):
     return row["op"], row["shape"], row["dtype"], row["direction"]
 

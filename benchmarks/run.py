@@ -66,10 +66,11 @@ def true_results(case, inputs, cotangents):
 
 
 def error_of(got, true):
-    """The largest relative error of a list of tensors; NaN for shapes that differ."""
+    """The largest relative error of a list of tensors; NaN where there is one, and for shapes that
+    differ."""
     if [t.shape for t in got] != [t.shape for t in true]:
         return float("nan")
-    return max(((g - t).norm() / t.norm()).item() for g, t in zip(got, true))
+    return torch.stack([(g - t).norm() / t.norm() for g, t in zip(got, true)]).max().item()
 
 
 def admit(case, dtype, names, inputs, cotangents):
@@ -89,7 +90,7 @@ def admit(case, dtype, names, inputs, cotangents):
         except torch.OutOfMemoryError:
             left_out[name] = "out of memory"
         except Exception as fault:  # another package's: its fault must not end the run
-            wrong[name] = f"{type(fault).__name__}: {str(fault).strip().splitlines()[0]}"
+            wrong[name] = result.sentence(fault)
         else:
             if error <= ALLOWED_ERROR[dtype]:
                 right[name] = entrant, error

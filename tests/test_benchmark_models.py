@@ -102,16 +102,15 @@ def test_more_figures_of_a_training_row():
                                                   "mfu": 0.5}, "hf": {"kept_bytes": 6000}}}
     assert models._more(row).splitlines() == [
         "    kept for the backward, bytes per token: llama_ext 2,000, hf 3,000",
-        "    peak of the memory allocated, GB: llama_ext 2.00",
+        "    peak memory beside the weights, GB: llama_ext 2.00",
         "    MFU by the data sheet, %: llama_ext 50.0"]
 
 
 def test_generation_rows(model, monkeypatch):
     """Prompt: the time of one token; decode: what `new` further ones add to it."""
-    waits = {1: 0.5, 5: 2.5}
+    waits = {"first": 0.5, "all": 2.5}
     monkeypatch.setattr(models, "interleave", lambda clock, entrants, rounds: {
-        **{key: [[waits[key[1] if key[1] == 1 else 5]]] * rounds for key in entrants
-           if isinstance(key, tuple)}, "copy": [[1.0]] * rounds, "matmul": [[1.0]] * rounds})
+        key: [[1.0 if key in ("copy", "matmul") else waits[key[1]]]] * rounds for key in entrants})
     found = models.entrants(model, ["llama_ext", "hf"])
     limits = timing.Limits(timing.Clock("cpu"), torch.float32)
     prompt, decode = models.generation_rows(timing.Clock("cpu"), model, found, "small", 1, 8, 4, 2)
@@ -130,8 +129,12 @@ def test_what_would_take_too_long_is_left_out(model, monkeypatch):
     monkeypatch.setattr(models, "LONGEST", 0)
     row = training(model, models.entrants(model, ["llama_ext", "hf"]))
     assert row["providers"] == {} and set(row["left_out"]) == {"llama_ext", "hf"}
-    assert "matrices in this dtype are multiplied at" in row["left_out"]["hf"]
+    assert row["left_out"]["hf"].startswith("products of 0 GFLOP, of which torch does ")
     assert " - " in result.line(row, ["llama_ext", "hf"])
+    monkeypatch.setattr(models, "LONGEST_PROMPT", 0)
+    clock = timing.Clock("cpu")
+    for row in models.generation_rows(clock, model, {"hf": None}, "small", 1, 8, 4, 2):
+        assert row["providers"] == {} and set(row["left_out"]) == {"hf"}
 
 
 def test_command(tmp_path, capsys, monkeypatch):
@@ -148,6 +151,22 @@ def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "missing", lambda: dict.fromkeys(PEERS, "is not installed"))
     assert main(options) == 0  # without transformers ours is still measured
     assert "left out: hf: is not installed" in capsys.readouterr().out
+
+
+def test_fault_of_a_provider_is_named(model, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no compiler\nfound")
+    found = models.entrants(model, ["llama_ext", "hf"])
+    found["hf-compile"] = models.Entrant(found["hf"].module, broken, broken)
+    row = training(model, found)
+    assert row["wrong"] == {"hf-compile": "RuntimeError: no compiler"}
+    assert set(row["providers"]) == {"llama_ext", "hf"}
+
+
+def test_positions_beyond_the_preset_and_one_new_token(capsys):
+    assert main(["models", "--peers", "hf", "--dtypes", "fp32", "--layers", "1", "--batch", "1",
+                 "--tokens", "96", "--prompt", "80", "--new", "1", "--rounds", "1"]) == 0
+    assert "small 32 x 1, 1 x 80 + 1" in capsys.readouterr().out
 
 
 def test_wrong_provider_ends_in_an_exit_code(monkeypatch, capsys):

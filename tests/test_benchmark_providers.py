@@ -151,6 +151,17 @@ def test_wrong_gradient_is_caught(monkeypatch):
     assert "apex" in admit(CASES["rmsnorm"], ["apex"])[2]
 
 
+def test_nan_in_the_last_gradient_is_caught(monkeypatch):
+    """Of the weight, behind an output and a gradient that are right."""
+    def nan(fn):
+        def run(x, weight, eps):
+            weight.register_hook(lambda dw: dw * float("nan")) if weight.requires_grad else None
+            return fn(x, weight, eps)
+        return run
+    install(monkeypatch, "apex", nan)
+    assert admit(CASES["rmsnorm"], ["apex"])[2]["apex"].endswith("got nan")
+
+
 def test_fault_of_a_package_is_named(monkeypatch):
     def broken(fn):
         def run(*args):
@@ -205,7 +216,7 @@ def test_fault_while_importing_is_named(monkeypatch, tmp_path):
     (tmp_path / "xformers.py").write_text("import a_package_that_is_not_there")
     monkeypatch.syspath_prepend(tmp_path)
     assert providers.PROVIDERS["xformers"].missing("cuda") == (
-        "its import fails: No module named 'a_package_that_is_not_there'")
+        "its import fails: ModuleNotFoundError: No module named 'a_package_that_is_not_there'")
     monkeypatch.delitem(sys.modules, "xformers", raising=False)
 
 
