@@ -7,7 +7,8 @@ training step   forward with the loss, and backward; the optimizer, which is the
 prompt          one pass over the prompt and the first new token
 decode          each further token, greedy; held against the bandwidth of a copy by the bytes of the
                 weights, which each of them reads once (reading alone may exceed a copy)
-kept            bytes that autograd keeps of a forward for the backward, per token, weights left out
+kept            bytes that autograd keeps of a forward for the backward, per token, weights left out;
+                with linear_cross_entropy the output layer's gradient is among them, made already
 
 Providers: llama_ext (lx.Llama); hf (transformers with its sdpa attention); hf-compile (that under
 torch.compile; in generation, its static cache); hf-patched (that with lx.patch_hf). Weights and
