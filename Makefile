@@ -40,7 +40,8 @@ else
 bench: $(bin)/built $(bin)/nvcc
 	@mkdir -p out/bench
 	$(bin)/python -m benchmarks run --sizes small --json out/bench/ops.json --plots out/bench/ops
-	$(bin)/python -m benchmarks models --json out/bench/models.json --plots out/bench/models
+	$(bin)/python -m benchmarks models --batch 2 --json out/bench/models.json \
+	  --plots out/bench/models
 	$(bin)/python -m benchmarks run --backend vgpu --ops rmsnorm swiglu rope attention \
 	  --json out/bench/vgpu.json --plots out/bench/vgpu
 	$(bin)/python -m benchmarks a100

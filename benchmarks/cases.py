@@ -34,6 +34,7 @@ class Case:
     flops: tuple = (0, 0)             # forward, backward
     frozen: tuple = ()
     options: dict = field(default_factory=dict)
+    backward_alone: bool = True       # False: some make the gradients in the forward already
 
     def differentiable(self, inputs):
         """Positions of the inputs that take a gradient."""
@@ -97,7 +98,8 @@ def linear_cross_entropy(N, C, V):
     return Case("linear_cross_entropy", f"{N} x {C} -> {V}",
                 lambda dtype: [torch.randn(N, C).to(dtype),
                                (torch.randn(V, C) * C ** -0.5).to(dtype), torch.randint(V, (N,))],
-                lambda e: ((N + V) * C * e, 2 * (N + V) * C * e), (flops, 2 * flops))
+                lambda e: ((N + V) * C * e, 2 * (N + V) * C * e), (flops, 2 * flops),
+                backward_alone=False)
 
 
 def linear_int8(N, K, M):

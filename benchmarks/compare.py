@@ -50,10 +50,10 @@ def run(args):
     rows = compared(old, new, args.threshold / 100)
     if not rows:
         raise LlamaExtError(f"{args.new}: expected rows that {args.old} has too, got none")
-    print(f"{'op':20} {'shape':28} {'dtype':5} {'direction':16} {'speed':>6} {'share':>6}")
+    print(f"{'op':20} {'shape':30} {'dtype':5} {'direction':16} {'speed':>6} {'share':>6}")
     for row in rows:
         op, shape, dtype, direction = row["key"]
-        print(f"{op:20} {shape:28} {dtype:5} {direction:16} {row['speed']:6.2f} "
+        print(f"{op:20} {shape:30} {dtype:5} {direction:16} {row['speed']:6.2f} "
               f"{row['share']:6.2f} {row['verdict']}".rstrip())
     for row in only_in_one(old, new):
         print(f"in one of the files only: {' '.join(row)}")

@@ -7,7 +7,8 @@ training step   forward with the loss, and backward; the optimizer, which is the
 prompt          one pass over the prompt and the first new token
 decode          each further token, greedy; held against the bandwidth of a copy by the bytes of the
                 weights, which each of them reads once (reading alone may exceed a copy)
-kept            bytes that autograd keeps of a forward for the backward, per token, weights left out
+kept            bytes that autograd keeps of a forward for the backward, per token, weights left out;
+                with linear_cross_entropy the output layer's gradient is among them, made already
 
 Providers: llama_ext (lx.Llama); hf (transformers with its sdpa attention); hf-compile (that under
 torch.compile; in generation, its static cache); hf-patched (that with lx.patch_hf). Weights and
@@ -185,14 +186,6 @@ def _checked(found, check, *args):
     return right, left_out, wrong
 
 
-def _too_long(limits, flops, seconds, found):
-    """{name: why it is left out} where products of `flops` would take longer than `seconds`."""
-    if flops / limits.native <= seconds:
-        return {}
-    return dict.fromkeys(found, f"products of {flops / 1e9:.0f} GFLOP, of which torch does "
-                                f"{limits.native / 1e9:.2g} a second in this dtype")
-
-
 def _row(config, size, detail, dtype, direction, **rest):
     shape = f"{size} {config.dim} x {config.n_layers}, {detail}"
     name = next(name for name in DTYPES if DTYPES[name] == dtype)
@@ -210,8 +203,8 @@ def training_row(clock, model, found, size, batch, length, rounds):
     work, flops = tokens.numel(), tokens.numel() * flops_per_token(config, length)
     row = _row(config, size, f"{batch} x {length}", weight.dtype, "training step", work=work,
                limit="matmul", providers={}, left_out={}, wrong={})
-    if slow := _too_long(limits, flops, LONGEST, found):
-        return row | {"limit_rate": None, "left_out": slow}
+    if reason := limits.too_long(flops, LONGEST):
+        return row | {"limit_rate": None, "left_out": dict.fromkeys(found, reason)}
     true = loss_and_gradient(found.get(REFERENCE, found[result.OURS]), tokens, targets)
     right, row["left_out"], row["wrong"] = _checked(found, wrong_training, tokens, targets, true)
     kept, peaks = {}, {}
@@ -241,9 +234,9 @@ def generation_rows(clock, model, found, size, batch, length, new, rounds):
     limits = Limits(clock, weight.dtype)
     output = 2 * config.vocab_size * config.dim  # FLOPs; of the last token alone
     flops = batch * (length * (flops_per_token(config, length, training=False) - output) + output)
-    right, wrong, left_out = found, {}, _too_long(limits, flops, LONGEST_PROMPT, found)
-    if left_out:
-        right = {}
+    right, left_out, wrong = found, {}, {}
+    if reason := limits.too_long(flops, LONGEST_PROMPT):
+        right, left_out = {}, dict.fromkeys(found, reason)
     elif REFERENCE in found:
         right, left_out, wrong = _checked(found, wrong_generation, found[REFERENCE], prompt,
                                           new + 1)

@@ -18,10 +18,8 @@ def draw(about, rows, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"overview": overview(about, rows)} if rows else {}
-    lengths = [row for row in rows if row["op"] == "attention" and row.get("options")
-               and row["options"]["T"] == row["options"]["S"]]
-    if len({row["options"]["T"] for row in lengths}) > 1:
-        figures["attention"] = attention(about, lengths)
+    if sweeps := attention_over_length(rows):
+        figures["attention"] = attention(about, sweeps)
     written = []
     for name, figure in figures.items():
         for kind in ("png", "svg"):
@@ -32,12 +30,23 @@ def draw(about, rows, folder):
     return written
 
 
+def attention_over_length(rows):
+    """{(dtype, head dim, heads): rows of causal attention} where there are several lengths."""
+    found = {}
+    for row in rows:
+        o = row.get("options")
+        if row["op"] == "attention" and o and o["T"] == o["S"] and o["H"] == o["Hkv"]:
+            found.setdefault((row["dtype"], o["D"], o["H"]), []).append(row)
+    return {panel: each for panel, each in found.items()
+            if len({row["options"]["T"] for row in each}) > 1}
+
+
 def _figure(about, width, height, rows, columns, **options):
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
-    label = "" if "label" not in about else f": {about['label'].upper()}, not timed"
+    label = ": MODELLED, not timed" if about.get("virtual") else ""
     figure.suptitle(f"{about['device']}{label}\nllama_ext {about['llama_ext']}, torch "
                     f"{about['torch']}, {about['date'][:10]}", fontsize=9)
     return figure, axes
@@ -80,6 +89,7 @@ def overview(about, rows):
     ops = list(dict.fromkeys(row["op"] for row in rows))
     names = _names(rows)
     styles = _style(names)
+    highest = 100
     figure, axes = _figure(about, 2 + 3.4 * len(directions),
                            1.6 + (0.5 + 0.42 * len(ops)) * len(dtypes), len(dtypes),
                            len(directions), sharex=True, sharey=True)
@@ -89,43 +99,50 @@ def overview(about, rows):
                 y = ops.index(op)
                 axis.plot([min(each.values()), max(each.values())], [y, y], color="#dddddd",
                           linewidth=4, zorder=1)
+                highest = max(highest, *each.values())
                 for name, share in each.items():
                     axis.plot(share, y, linestyle="none", **styles[name])
             axis.axvline(100, color="black", linewidth=0.8, linestyle=":")
             axis.set_title(f"{direction}, {dtype}", fontsize=9)
-            axis.set_xlim(left=0)
             axis.tick_params(labelsize=8)
             axis.set_yticks(range(len(ops)), ops)
             axis.set_ylim(len(ops) - 0.5, -0.5)
+    axes[0][0].set_xlim(0, 1.05 * highest)  # of all, they share it
     axes[-1][len(directions) // 2].set_xlabel(
         "% of the limit (copy bandwidth or matrix product); geometric mean over shapes", fontsize=8)
     _legend(figure, names, styles)
     return figure
 
 
-def attention(about, rows):
-    """FLOP/s over T, a line for each provider, a panel for each dtype, head dim and direction."""
-    panels = list(dict.fromkeys((row["dtype"], row["options"]["D"]) for row in rows))
+def attention(about, sweeps):
+    """FLOP/s over T, a line for each provider, a panel for each sweep and direction."""
+    rows = [row for each in sweeps.values() for row in each]
     directions = list(dict.fromkeys(row["direction"] for row in rows))
     names = _names(rows)
     styles = _style(names)
-    figure, axes = _figure(about, 2 + 3.4 * len(directions), 1.4 + 2.4 * len(panels), len(panels),
+    figure, axes = _figure(about, 2 + 3.4 * len(directions), 1.4 + 2.4 * len(sweeps), len(sweeps),
                            len(directions), sharex=True, sharey="row")
-    for line, (dtype, D) in zip(axes, panels):
+    fastest = max(entry["rate"] for row in rows for entry in row["providers"].values())
+    scale, unit = (1e12, "TFLOP/s") if fastest >= 1e12 else (1e9, "GFLOP/s")
+    lengths = sorted({row["options"]["T"] for row in rows})
+    for line, ((dtype, D, H), each) in zip(axes, sweeps.items()):
+        highest = 0
         for axis, direction in zip(line, directions):
             for name in names:
-                points = sorted((row["options"]["T"], row["providers"][name]["rate"] / 1e9)
-                                for row in rows if name in row["providers"] and row["direction"]
-                                == direction and (row["dtype"], row["options"]["D"]) == (dtype, D))
+                points = sorted((row["options"]["T"], row["providers"][name]["rate"] / scale)
+                                for row in each
+                                if row["direction"] == direction and name in row["providers"])
                 if points:
+                    highest = max(highest, *(rate for _, rate in points))
                     axis.plot(*zip(*points), linewidth=2.5 if name == OURS else 1.2,
                               **styles[name])
             axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
-            axis.set_title(f"{direction}, {dtype}, d{D}", fontsize=9)
+            axis.set_xticks(lengths, [f"{T:,}" for T in lengths])
+            axis.set_title(f"{direction}, {dtype}, {H} heads, d{D}", fontsize=9)
             axis.tick_params(labelsize=8)
             axis.grid(alpha=0.3)
-        line[0].set_ylabel("GFLOP/s", fontsize=8)
+        line[0].set_ylim(0, 1.08 * highest)
+        line[0].set_ylabel(unit, fontsize=8)
     axes[-1][len(directions) // 2].set_xlabel("causal attention: tokens in a sequence", fontsize=8)
     _legend(figure, names, styles)
     return figure

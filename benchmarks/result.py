@@ -151,7 +151,7 @@ def heading(about):
 
 def columns(names):
     """The line above the table, for providers `names`, ours first."""
-    return (f"{'op':20} {'shape':28} {'dtype':5} {'direction':16} {'ours, ms':>9} "
+    return (f"{'op':20} {'shape':30} {'dtype':5} {'direction':16} {'ours, ms':>9} "
             f"{'p20 - p80':>15} {'rate':>14} {'limit':>6} "
             + " ".join(f"{name[:12] + ' %':>{_width(name)}}" for name in names)
             + f" {'best peer / ours':>24}")
@@ -182,7 +182,7 @@ def line(row, names):
               for name in names]
     ratio, best = best_peer(row)
     compared = f"{best[:18]} {ratio:5.2f}" if best else "-"
-    return (f"{row['op']:20} {row['shape']:28} {row['dtype']:5} {row['direction']:16} {times} "
+    return (f"{row['op']:20} {row['shape']:30} {row['dtype']:5} {row['direction']:16} {times} "
             f"{row['limit']:>6} "
             + " ".join(f"{share:>{_width(name)}}" for share, name in zip(shares, names))
             + f" {compared:>24}")
@@ -221,18 +221,20 @@ class Report:
 
     def finish(self):
         """Write what was asked for; the exit code: 1 where a provider gave a wrong result."""
-        for name, where in _reasons(self.rows, "left_out"):
-            print(f"left out: {name} in {where}")
-        for name, where in _reasons(self.rows, "wrong"):
-            print(f"WRONG, not timed: {name} in {where}")
+        for text in _reasons(self.rows, "left_out"):
+            print(f"left out: {text}")
+        for text in _reasons(self.rows, "wrong"):
+            print(f"WRONG, not timed: {text}")
         write(self.args, self.about, self.rows)
         return int(any(row["wrong"] for row in self.rows))
 
 
 def _reasons(rows, what):
-    """(provider, "op dtype, op dtype: reason") for each reason in row[what]."""
+    """"provider, provider in op dtype, op dtype: reason" for each reason in row[what]."""
     found = {}
     for row in rows:
         for name, reason in row[what].items():
-            found.setdefault((name, reason), {})[f"{row['op']} {row['dtype']}"] = None
-    return [(name, f"{', '.join(where)}: {reason}") for (name, reason), where in found.items()]
+            names, where = found.setdefault(reason, ({}, {}))
+            names[name] = where[f"{row['op']} {row['dtype']}"] = None
+    return [f"{', '.join(names)} in {', '.join(where)}: {reason}"
+            for reason, (names, where) in found.items()]

@@ -4,7 +4,8 @@ For each op and shape, dtype and direction: our time, with its spread, and each 
 the limit. The limit is the larger of two times: that of a copy (beyond the caches) of as many bytes
 as the op must at least move, and that of a matrix product of as many FLOPs as it must compute; both
 rates are measured in the same rounds. "forward" runs without gradients; "backward" is what
-torch.autograd.grad takes within "forward+backward". Each provider's outputs and gradients are first
+torch.autograd.grad takes within "forward+backward" (left out where the forward may have made the
+gradients already, in linear_cross_entropy). Each provider's outputs and gradients are first
 compared with fp32's: one that is wrong is named and not timed, and the exit code is 1.
 """
 
@@ -121,13 +122,10 @@ def peak_bytes(call, device):
 def too_slow(case, names, limits):
     """{name: why its products would take too long here}."""
     flops = sum(case.flops)
-    if flops / limits.native <= LONGEST:
-        return {}
+    reason = limits.too_long(flops, LONGEST)
     alone = case.op in OWN_PRODUCTS and flops / limits.best <= LONGEST
-    reason = (f"products of {flops / 1e9:.0f} GFLOP, of which torch does "
-              f"{limits.native / 1e9:.2g} a second in this dtype")
-    return {name: reason for name in names
-            if case.op in providers.PROVIDERS[name].ops and not (alone and name == result.OURS)}
+    return {name: reason for name in names if reason and case.op in providers.PROVIDERS[name].ops
+            and not (alone and name == result.OURS)}
 
 
 def rows_of(clock, case, dtype, names, limits, rounds, round_seconds=0.05):
@@ -161,8 +159,9 @@ def rows_of(clock, case, dtype, names, limits, rounds, round_seconds=0.05):
                        round_seconds)
     rates = {what: limits.rate(what, times) for what in bounds}
     samples = {"forward": {name: [s for s, in times[name, "forward"]] for name in right}}
-    if cotangents:
+    if cotangents and case.backward_alone:
         samples["backward"] = {name: [b for _, b in times[name, "training"]] for name in right}
+    if cotangents:
         samples["forward+backward"] = {name: [a + b for a, b in times[name, "training"]]
                                        for name in right}
     return [_finished(row, case, direction, samples[direction], rates, {

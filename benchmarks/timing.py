@@ -118,6 +118,13 @@ class Limits:
                 a @ b
         return [multiply]
 
+    def too_long(self, flops, seconds):
+        """Why products of `flops` in the dtype would take longer than `seconds`, or None."""
+        if flops / self.native > seconds:
+            return (f"torch multiplies at {self.native / 1e9:.2g} GFLOP/s in this dtype here, so "
+                    f"that it would take longer than {seconds:g} s")
+        return None
+
     def rate(self, what, times):
         """Bytes or FLOPs per second, of interleave()'s rounds."""
         return self.work[what] / statistics.median(seconds for seconds, in times[what])

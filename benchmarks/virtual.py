@@ -52,7 +52,8 @@ def modelled_attention(ops):
             heads = report.heads(T, D)
             forward, backward = zip(report.our_seconds(GPU, T, D, figures),
                                     report.flash_attention_2_seconds(GPU, T, D))
-            options = {"T": T, "S": T, "D": D, "H": heads * T // TOKENS}
+            options = {"T": T, "S": T, "D": D} | dict.fromkeys(
+                ("H", "Hkv"), heads * T // TOKENS)
             shape = f"{TOKENS // T} x {T}, {options['H']} heads, d{D}"
             for direction, seconds, weight in (
                     ("forward", forward, 1), ("backward", backward, 2.5),
@@ -85,7 +86,7 @@ def run(args):
     counts.vgpu()  # before any op is called
     names = [result.OURS, PEER]
     about = {**result.machine("cpu", 0), "device": f"{GPU.name}, virtual",
-             "label": "counted and modelled"}
+             "virtual": True}
     print(f"llama_ext {about['llama_ext']} ({about['commit'] or 'no git checkout'}) on a virtual "
           f"{GPU.name}: NOTHING IS TIMED; of each limit the data sheet's")
     rows, shown = [], None

@@ -1,6 +1,5 @@
 """`python -m benchmarks run`, `compare`, and what they share."""
 
-import argparse
 import statistics
 import xml.etree.ElementTree
 
@@ -73,11 +72,13 @@ def test_the_larger_time_is_the_limit(matmul, limit, ideal):
 
 
 def test_products_that_would_take_too_long_are_left_out():
-    limits = argparse.Namespace(native=1e9, best=1e12)
+    limits = timing.Limits(timing.Clock("cpu"), FP32)
+    limits.native, limits.best = 1e9, 1e12
     case, names = cases.attention(1, 2048, 8, 64), ["llama_ext", "eager", "built-in", "apex"]
     slow = run.too_slow(case, names, limits)
     assert set(slow) == {"eager", "built-in"}  # ours multiplies by itself, apex has no attention
-    assert slow["eager"] == ("products of 15 GFLOP, of which torch does 1 a second in this dtype")
+    assert slow["eager"] == ("torch multiplies at 1 GFLOP/s in this dtype here, so that it would "
+                             "take longer than 2 s")
     limits.best = 1e9
     assert set(run.too_slow(case, names, limits)) == {"llama_ext", "eager", "built-in"}
     limits.native = 1e12
@@ -98,9 +99,12 @@ def rows(case, dtype=FP32, names=("llama_ext", "eager", "built-in")):
     ids=lambda case: f"{case.op} {case.shape}" if isinstance(case, cases.Case) else None)
 def test_every_op(case, dtype):
     found = rows(case, dtype)
-    for_inference = case.op == "linear_int8" or "1 of" in case.shape
-    assert [r["direction"] for r in found] == ["forward", "backward", "forward+backward"][
-        :1 if for_inference else 3]
+    directions = ["forward", "backward", "forward+backward"]
+    if case.op == "linear_int8" or "1 of" in case.shape:  # for inference
+        directions = ["forward"]
+    elif case.op == "linear_cross_entropy":
+        directions.remove("backward")
+    assert [r["direction"] for r in found] == directions
     peers = {"llama_ext", "eager", *(["built-in"] if case.op in providers.BUILTIN else [])}
     for r in found:
         assert set(r["providers"]) == peers and not r["wrong"] and not r["left_out"]
@@ -219,10 +223,32 @@ def test_means_are_geometric_and_of_the_same_shapes():
     assert shares["llama_ext"] == pytest.approx(50)
 
 
+def sweep(T, seconds=1e-3, Hkv=8):
+    return row(op="attention", shape=f"1 x {T}, {Hkv}", seconds=seconds, peers={"built-in": 2e-3},
+               options={"T": T, "S": T, "D": 64, "H": 8, "Hkv": Hkv})
+
+
+def test_no_point_lies_outside_a_picture():
+    rows = [row(seconds=1e-3), row(dtype="bf16", seconds=1e-4), row(direction="backward"),
+            sweep(512), sweep(1024, seconds=1e-5), sweep(512, Hkv=2), sweep(2048, Hkv=2)]
+    sweeps = plots.attention_over_length(rows)
+    assert [r["options"]["T"] for r in sweeps["fp32", 64, 8]] == [512, 1024]
+    for figure in plots.overview(about(), rows), plots.attention(about(), sweeps):
+        drawn = 0
+        for axis in figure.axes:
+            (left, right), (top, bottom) = axis.get_xlim(), sorted(axis.get_ylim())
+            for line in axis.get_lines():
+                xs, ys = line.get_data()
+                if line.get_marker() not in ("None", None, ""):
+                    drawn += len(xs)
+                    assert all(left <= x <= right for x in xs)
+                    assert all(top <= y <= bottom for y in ys)
+        assert drawn >= 4
+
+
 def test_pictures(tmp_path):
     rows = [row(peers={"eager": 2e-3}), row(dtype="bf16")]
-    rows += [row(op="attention", shape=f"1 x {T}", options={"T": T, "S": T, "D": 64},
-                 peers={"built-in": 2e-3}) for T in (512, 1024)]
+    rows += [sweep(T) for T in (512, 1024)]
     written = plots.draw(about(), rows, tmp_path / "plots")
     assert [path.name for path in written] == ["overview.png", "overview.svg", "attention.png",
                                                "attention.svg"]
