@@ -27,21 +27,28 @@ def in_one_process(mode):
     return low if mode == "bf16 parameters" else lx.Llama.__call__
 
 
-def train(model, rows=slice(None), autocast=False, forward=lx.Llama.__call__):
-    """The losses of a few steps of plain gradient descent, and the gradients of the last."""
+def train(model, parts=(slice(None),), autocast=False, forward=lx.Llama.__call__):
+    """The losses of a few steps of plain gradient descent, each on these parts of its batch in
+    turn, and the gradients of the last."""
     losses = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        tokens = torch.randint(CONFIG.vocab_size, (2 * WORLD, 16), generator=generator)[rows]
+        batch = torch.randint(CONFIG.vocab_size, (2 * WORLD, 16), generator=generator)
         model.zero_grad()
-        with torch.autocast("cpu", LOW, enabled=autocast):
-            loss = forward(model, tokens, tokens.roll(-1, 1))
-        loss.backward()
-        losses.append(loss.detach())
+        losses.append(torch.zeros(()))
+        for tokens in (batch[part] for part in parts):
+            with torch.autocast("cpu", LOW, enabled=autocast):
+                loss = forward(model, tokens, tokens.roll(-1, 1)) / len(parts)
+            loss.backward()
+            losses[-1] = losses[-1] + loss.detach()
         with torch.no_grad():
             for p in model.parameters():
                 p -= 0.5 * p.grad
     return torch.stack(losses), {name: p.grad for name, p in model.named_parameters()}
+
+
+def rows_of(rank):
+    return slice(2 * rank, 2 * rank + 2)
 
 
 def process(rank, folder):
@@ -60,7 +67,7 @@ def process(rank, folder):
         for layer in model.layers:
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
-        losses, grads = train(model, slice(2 * rank, 2 * rank + 2), mode == "autocast")
+        losses, grads = train(model, [rows_of(rank)], mode == "autocast")
         dist.all_reduce(losses)
         grads = {name: grad.full_tensor() for name, grad in grads.items()}
         assert "is a DTensor" in block_module.why_composed(model.layers[0])  # outside its forward
@@ -70,12 +77,17 @@ def process(rank, folder):
     dist.destroy_process_group()
 
 
-def test_sharded_blocks_train_as_one_process(tmp_path):
+def test_sharded_blocks_train_as_one_process(tmp_path, one_thread):
     torch.multiprocessing.spawn(process, (tmp_path,), WORLD)
     ref_losses, ref = train(make().double())
     for mode in MODES:
         losses, grads = torch.load(tmp_path / mode)
-        base_losses, base = train(make(), autocast=mode == "autocast", forward=in_one_process(mode))
+        if mode == "autocast":  # of the same two halves of each batch: the same bits
+            one_losses, one = train(make(), [*map(rows_of, range(WORLD))], autocast=True)
+            assert torch.equal(losses, one_losses)
+            assert all(torch.equal(grad, one[name]) for name, grad in grads.items())
+            continue
+        base_losses, base = train(make(), forward=in_one_process(mode))
         dtype = torch.float32 if mode == "fp32" else LOW
         compare.check(losses, ref_losses, base_losses, dtype, f"{mode}: losses")
         for name, grad in grads.items():
