@@ -169,11 +169,12 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
     A weight[kBlock];
     const A before = top;
     for (int64_t j = 0; j < n; j++) {
-      Vec<A> dot{};
-      for_each_vec<A>(D, [&](int64_t d, auto w) {
-        dot += load(q + d, w) * load(k + (j0 + j) * a.k_stride[1] + d, w);
+      const T* key = k + (j0 + j) * a.k_stride[1];
+      Vec<A> dots[4] = {};
+      for_each_vec<A>(D, dots, [&](int64_t d, auto w, Vec<A>& dot) {
+        dot += load(q + d, w) * load(key + d, w);
       });
-      weight[j] = sum(dot) * static_cast<A>(a.scale);
+      weight[j] = sum(dots) * static_cast<A>(a.scale);
       top = top > weight[j] ? top : weight[j];
     }
     const A shift = top == -std::numeric_limits<A>::infinity() ? 0 : top;
@@ -183,12 +184,20 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
     const A decay = exp_negative(splat(before - shift))[0];
     total *= decay;
     for (int64_t j = 0; j < n; j++) total += weight[j];
-    for_each_vec<A>(D, [&](int64_t d, auto w) {
-      Vec<A> sum = load(out + d, w) * decay;
-      for (int64_t j = 0; j < n; j++)
-        sum += weight[j] * load(v + (j0 + j) * a.v_stride[1] + d, w);
-      store(out + d, sum, w);
-    });
+    for_each_vec<A>(D, [&](int64_t d, auto w) { store(out + d, load(out + d, w) * decay, w); });
+    const auto add = [&](int64_t j, auto keys) {  // row by row: columns of rows share few cache sets
+      constexpr int kKeys = decltype(keys)::value;
+      const T* value = v + (j0 + j) * a.v_stride[1];
+      for_each_vec<A>(D, [&](int64_t d, auto w) {
+        Vec<A> sum = load(out + d, w);
+        for (int i = 0; i < kKeys; i++)
+          sum += weight[j + i] * load(value + i * a.v_stride[1] + d, w);
+        store(out + d, sum, w);
+      });
+    };
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4) add(j, std::integral_constant<int, 4>{});
+    for (; j < n; j++) add(j, std::integral_constant<int, 1>{});
   }
   const A inverse = inverse_of(total, s.end_key(i) > s.first_key(i));
   T* row = o + ((s.q_row + i) * a.H + h) * D;

@@ -249,15 +249,15 @@ inline Vec32 at_most(float bound, Vec32 x) { return splat(bound) < x ? splat(bou
 
 template <class V> inline Lane<V> sum(const V (&v)[4]) { return sum((v[0] + v[1]) + (v[2] + v[3])); }
 
-// e^x to about 1 ulp above 2^-125.5; below that 0 (or, with AVX-512, a number as small), inf where
-// it overflows, NaN for NaN. x = n ln2 + r with |r| <= ln2 / 2; e^r by its minimax polynomial.
+// e^x to about 1 ulp; 0 below 2^-125.5 (with AVX-512: below the subnormal numbers), inf where it
+// overflows, NaN for NaN. x = n ln2 + r with |r| <= ln2 / 2; e^r by its minimax polynomial.
 inline Vec32 exp(Vec32 x) {
-  const Vec32 clamped = at_least(-87.3f, at_most(89, x));
 #if defined(__AVX512F__)
+  const Vec32 clamped = at_least(-128, at_most(128, x));
   const Vec32 n = (Vec32)_mm512_roundscale_ps((__m512)(clamped * 1.44269504f),
                                               _MM_FROUND_TO_NEAREST_INT);
 #else
-  const Vec32 shift = splat(12582912.f);
+  const Vec32 clamped = at_least(-87.3f, at_most(89, x)), shift = splat(12582912.f);
   const Vec32 moved = clamped * 1.44269504f + shift, n = moved - shift;
 #endif
   const Vec32 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
