@@ -16,6 +16,7 @@ from llama_ext import cli, estimate, layers, model
 from llama_ext.estimate import (EstimateConfig, fits, fitting_plan, flops_per_token, memory,
                                 num_parameters, report)
 from llama_ext.quantity import count, rate, tokens
+from llama_ext.quantize import quantize_
 
 PAPER = {  # parameters, tokens, GPU-hours on A100-80GB (arXiv 2302.13971, tables 2 and 15)
     "7B": (6_738_415_616, 1.0e12, 82_432), "13B": (13_015_864_320, 1.0e12, 135_168),
@@ -98,6 +99,20 @@ def test_inference_on_one_80_gb_card():
     assert fit and 65e9 < parts["weights"] < 66e9
     assert needed("65B", tensor_parallel=2, gpus=2)[0]
     assert needed("7B", n_kv_heads=8)[1]["KV cache"] == needed("7B")[1]["KV cache"] / 4
+
+
+def test_memory_of_heads_of_a_width_of_their_own():
+    """int8 weights are those of the quantised model; a layer keeps queries and attention's output
+    as wide as all heads."""
+    config = lx.LlamaConfig(**TINY, n_kv_heads=2, head_dim=20)
+    plan = EstimateConfig(inference=True, int8=True, seq_len=16, batch_size=1)
+    with torch.device("meta"):
+        quantized = quantize_(lx.Llama(config, dtype=torch.bfloat16))
+    tensors = quantized.state_dict().values()
+    parts = memory(config, plan)
+    assert parts["weights"] == sum(t.nbytes for t in tensors)
+    assert parts["KV cache"] == 2 * 3 * 16 * 2 * 20 * 2
+    assert parts["work space"] == 16 * (2 * (2 * 48 + 2 * 80 + 2 * 40 + 2 * 80) + 4 * 4)
 
 
 def test_training_memory_is_the_sum_of_its_tensors():
