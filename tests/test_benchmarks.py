@@ -216,7 +216,7 @@ def test_line_names_the_best_peer():
 
 def test_means_are_geometric_and_of_the_same_shapes():
     rows = [row(shape="a", peers={"eager": 4e-3}), row(shape="b", peers={"eager": 1e-3}),
-            row(shape="c")]
+            row(shape="c", seconds=2.5e-4)]
     assert run.geometric_means(rows) == [("rmsnorm", "fp32", "forward", pytest.approx(2))]
     shares = plots.shares(rows, "fp32", "forward")["rmsnorm"]
     assert shares["eager"] == pytest.approx(100 * statistics.geometric_mean([0.125, 0.5]))
