@@ -184,7 +184,8 @@ def test_every_option_of_train_reaches_its_field(monkeypatch, tmp_path):
     monkeypatch.setattr("llama_ext.train.train", lambda c: seen.append(c) or {"signal": None})
     texts = given | {"batch_tokens": "4M", "peak_flops": "312T"}
     args = [f"--{name.replace('_', '-')}={value}" for name, value in texts.items()
-            if type(value) not in (bool, type(None))] + ["--tensorboard", "--keep-gathered"]
+            if type(value) not in (bool, type(None))]
+    args += [f"--{name.replace('_', '-')}" for name, value in texts.items() if value is True]
     assert cli.main(["train", *args]) == 0
     assert cli.main(["train", "--data=d", "--run=r", "--grad-accum=14"]) == 0
     assert seen == [TrainConfig(**given), TrainConfig("d", "r", grad_accum=14)]
