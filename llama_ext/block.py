@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import CausalSelfAttention, FeedForward, RMSNorm, RotaryEmbedding, SwiGLU
+from .layers import CausalSelfAttention, FeedForward, Linear, RMSNorm, RotaryEmbedding, SwiGLU
 from .ops._library import autocast_dtype, single_backward
 from .ops.attention import attention_bwd, attention_fwd
 from .ops.rmsnorm import rmsnorm_fwd, rmsnorm_residual_bwd, rmsnorm_residual_fwd
@@ -250,10 +250,10 @@ def why_composed(block):
 
 
 _PARTS = {
-    "attention": CausalSelfAttention, "attention.wq": nn.Linear, "attention.wk": nn.Linear,
-    "attention.wv": nn.Linear, "attention.wo": nn.Linear, "attention.rotary": RotaryEmbedding,
-    "feed_forward": FeedForward, "feed_forward.w1": nn.Linear, "feed_forward.w2": nn.Linear,
-    "feed_forward.w3": nn.Linear, "feed_forward.swiglu": SwiGLU, "attention_norm": RMSNorm,
+    "attention": CausalSelfAttention, "attention.wq": Linear, "attention.wk": Linear,
+    "attention.wv": Linear, "attention.wo": Linear, "attention.rotary": RotaryEmbedding,
+    "feed_forward": FeedForward, "feed_forward.w1": Linear, "feed_forward.w2": Linear,
+    "feed_forward.w3": Linear, "feed_forward.swiglu": SwiGLU, "attention_norm": RMSNorm,
     "ffn_norm": RMSNorm}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 

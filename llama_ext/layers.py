@@ -6,7 +6,7 @@ B batch, T tokens, S positions a cache holds, H heads, Hkv key/value heads, D he
 import torch
 from torch import nn
 
-from .ops import attention, rmsnorm, rmsnorm_residual, rope_qk, swiglu
+from .ops import attention, linear, rmsnorm, rmsnorm_residual, rope_qk, swiglu
 from .rope_scaling import check_rope_scaling, rope_frequencies
 
 
@@ -46,15 +46,26 @@ class SwiGLU(nn.Module):
         return swiglu(gate, up)
 
 
+class Linear(nn.Linear):
+    """nn.Linear without bias, (..., in_features) -> (..., out_features). Generation's few rows get
+    a kernel of their own on the CPU (ops.linear)."""
+
+    def __init__(self, in_features, out_features, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x):
+        return linear(x, self.weight) if self.bias is None else super().forward(x)
+
+
 class FeedForward(nn.Module):
     """w2(swiglu(w1(x), w3(x))), (..., dim) -> (..., dim), without biases (Meta's names)."""
 
     def __init__(self, dim, hidden_dim, device=None, dtype=None):
         super().__init__()
-        options = {"bias": False, "device": device, "dtype": dtype}
-        self.w1 = nn.Linear(dim, hidden_dim, **options)
-        self.w2 = nn.Linear(hidden_dim, dim, **options)
-        self.w3 = nn.Linear(dim, hidden_dim, **options)
+        options = {"device": device, "dtype": dtype}
+        self.w1 = Linear(dim, hidden_dim, **options)
+        self.w2 = Linear(hidden_dim, dim, **options)
+        self.w3 = Linear(dim, hidden_dim, **options)
         self.swiglu = SwiGLU()
 
     def reset_parameters(self):
@@ -174,6 +185,14 @@ class CacheRows:
 
         self.positions, self.last, self._slots = put([positions]), put(last), put(slots)
         self._cu_seqlens = put(cu_q + cu_q[-1:], torch.int32), put(cu_k + [B * S], torch.int32)
+        self._tables = {}
+
+    def tables(self, rotary, dtype):
+        """rotary.tables() of the positions: of a RotaryEmbedding that layers share, made once."""
+        key = rotary, dtype
+        if key not in self._tables:
+            self._tables[key] = rotary.tables(0, positions=self.positions, dtype=dtype)
+        return self._tables[key]
 
     def attend(self, q, k, v, cache, window=None):
         """Writes k, v (1, N, Hkv, D) into the cache, a pair (B, S, Hkv, D); attention of each token
@@ -213,11 +232,11 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(f"CausalSelfAttention: window: expected >= 1 or None, got {window}")
         self.n_heads, self.n_kv_heads, self.window = n_heads, n_kv_heads, window
         self.head_dim = dim // n_heads if head_dim is None else head_dim
-        options = {"bias": False, "device": device, "dtype": dtype}
-        self.wq = nn.Linear(dim, n_heads * self.head_dim, **options)
-        self.wk = nn.Linear(dim, n_kv_heads * self.head_dim, **options)
-        self.wv = nn.Linear(dim, n_kv_heads * self.head_dim, **options)
-        self.wo = nn.Linear(n_heads * self.head_dim, dim, **options)
+        options = {"device": device, "dtype": dtype}
+        self.wq = Linear(dim, n_heads * self.head_dim, **options)
+        self.wk = Linear(dim, n_kv_heads * self.head_dim, **options)
+        self.wv = Linear(dim, n_kv_heads * self.head_dim, **options)
+        self.wo = Linear(n_heads * self.head_dim, dim, **options)
         self.rotary = RotaryEmbedding(self.head_dim, device=device) if rotary is None else rotary
 
     def reset_parameters(self):
@@ -241,7 +260,7 @@ class CausalSelfAttention(nn.Module):
         k = self.wk(x).view(B, T, -1, self.head_dim)  # (B, T, Hkv, D)
         v = self.wv(x).view(B, T, -1, self.head_dim)
         if isinstance(start_pos, CacheRows):
-            q, k = self.rotary(q, k, positions=start_pos.positions)
+            q, k = rope_qk(q, k, *start_pos.tables(self.rotary, q.dtype), self.rotary.interleaved)
             return self.wo(start_pos.attend(q, k, v, cache, self.window).reshape(B, T, -1))
         q, k = self.rotary(q, k, start_pos, positions)
         if cache is not None:

@@ -7,12 +7,11 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .block import fused_block, why_composed
-from .layers import CausalSelfAttention, FeedForward, RMSNorm, RotaryEmbedding
-from .ops import linear_cross_entropy
+from .layers import CausalSelfAttention, FeedForward, Linear, RMSNorm, RotaryEmbedding
+from .ops import linear, linear_cross_entropy
 from .quantize import Int8Linear
 from .rope_scaling import check_rope_scaling
 
@@ -182,8 +181,8 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(
             TransformerBlock(config, rotary, **options) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, **options)
-        self.output = None if config.tie_embeddings else nn.Linear(
-            config.dim, config.vocab_size, bias=False, **options)
+        self.output = None if config.tie_embeddings else Linear(
+            config.dim, config.vocab_size, **options)
         self.loss = linear_cross_entropy  # of forward(tokens, targets)
         self.reset_parameters()
 
@@ -240,7 +239,7 @@ class Llama(nn.Module):
             h = h[:, -1:] if rows is None else h[:, rows.last]
         if isinstance(self.output, Int8Linear):
             return self.output(h)
-        return F.linear(h, self._output_weight(h.dtype))
+        return linear(h, self._output_weight(h.dtype))
 
     def _output_weight(self, dtype):
         if isinstance(self.output, Int8Linear):

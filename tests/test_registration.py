@@ -37,6 +37,7 @@ CALLS = {
     "mean_loss": [(LOSS, TARGET, -100)],
     "cross_entropy_bwd": [(torch.tensor(0.2), LOGITS, TARGET, LOSS, *CE)],
     "cross_entropy_bwd_": [(LOSS, LOGITS.clone(), TARGET, LOSS, *CE)],
+    "linear": [(X, randn(11, 16))],
     "linear_int8": [(X, torch.randint(-128, 128, (11, 16), dtype=torch.int8), torch.rand(11))],
     "linear_cross_entropy_fwd": [(X, V, ROWS, *CE, True, True, True),
                                  (X, V, ROWS, *CE, False, False, False)],

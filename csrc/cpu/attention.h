@@ -9,8 +9,6 @@ LX_NAMESPACE_BEGIN
 constexpr int64_t kStrip = 64;  // queries worked on at once: the columns of a tile of scores
 constexpr int64_t kBlock = 64;  // keys at once: its rows
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return most(low, least(x, high)); }
 
 // One sequence of a batch. Query i sees the keys [first_key(i), end_key(i)); key j is seen by the

@@ -2,7 +2,7 @@
 #include "attention_bwd.h"
 #include "attention_fwd.h"
 #include "cross_entropy.h"
-#include "linear_int8.h"
+#include "linear.h"
 #include "rmsnorm.h"
 #include "rope.h"
 #include "swiglu.h"
@@ -29,6 +29,7 @@ extern "C" const Kernels* LX_CONCAT(lx_cpu_kernels_, LX_ISA)() {
       .attention_fwd = attention_fwd,
       .attention_fwd_parts = attention_fwd_parts,
       .attention_bwd = attention_bwd,
+      .linear = linear,
       .linear_int8 = linear_int8,
   };
   return &table;

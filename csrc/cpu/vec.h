@@ -218,6 +218,26 @@ template <class V> inline Lane<V> sum(V v) {
   return lane[0];
 }
 
+// Likewise of each of four vectors at once, in the same order: out (4).
+template <class V> inline void sum_each(Lane<V>* out, const V (&v)[4]) {
+  constexpr int L = kLanes<Lane<V>>;
+  if constexpr (L < 4) {
+    for (int c = 0; c < 4; c++) out[c] = sum(v[c]);
+  } else {
+    using Index = std::conditional_t<sizeof(Lane<V>) == 4, Int32, Int64>;
+    // The groups of lanes of two vectors, halved in length: first halves plus second ones.
+    const auto fold = [](V a, V b, int group) {
+      Index first;
+      for (int i = 0; i < L; i++) first[i] = i / (group / 2) * group + i % (group / 2);
+      return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + group / 2);
+    };
+    V folded = fold(fold(v[0], v[1], L), fold(v[2], v[3], L), L / 2);
+#pragma GCC unroll 2
+    for (int group = L / 4; group > 1; group /= 2) folded = fold(folded, folded, group);
+    for (int c = 0; c < 4; c++) out[c] = folded[c];
+  }
+}
+
 // Larger of two, numbers or vectors; NaN when either is.
 template <class V> inline V max_nan(V a, V b) { return a > b || a != a ? a : b; }
 

@@ -36,6 +36,7 @@ STABLE_TORCH_LIBRARY(llama_ext, m) {
   m.def("cross_entropy_bwd_(Tensor dloss, Tensor(a!) logits, Tensor target, Tensor lse,"
         " int ignore_index, float label_smoothing, float z_loss) -> ()");
 
+  m.def("linear(Tensor x, Tensor weight) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor");
 
   m.def("cpu_isa(str name) -> str");  // the instruction set in use, after a switch; see backend.cpp
@@ -64,6 +65,7 @@ STABLE_TORCH_LIBRARY_IMPL(llama_ext, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy_bwd", TORCH_BOX(&lx::cross_entropy_bwd));
   m.impl("cross_entropy_bwd_", TORCH_BOX(&lx::cross_entropy_bwd_));
 
+  m.impl("linear", TORCH_BOX(&lx::linear));
   m.impl("linear_int8", TORCH_BOX(&lx::linear_int8));
 
   m.impl("cpu_isa", TORCH_BOX(&lx::cpu_isa));

@@ -38,6 +38,7 @@ Tensor cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse,
 void cross_entropy_bwd_(Tensor dloss, Tensor logits, Tensor target, Tensor lse,
                         int64_t ignore_index, double label_smoothing, double z_loss);
 
+Tensor linear(Tensor x, Tensor weight);
 Tensor linear_int8(Tensor x, Tensor weight, Tensor scale);
 
 std::string cpu_isa(std::string name);

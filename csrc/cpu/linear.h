@@ -1,16 +1,17 @@
-// Products with int8 weights. Formula in csrc/api.h.
+// Products with weights of the data's dtype, for few rows, and with int8 weights. Formulas in
+// csrc/api.h.
 //
 // Every output is a sum along K, in vectors, kTileRows rows of x by kColumns rows of w at a time.
-// int8 is exact in bf16 and fp32, so that nothing is rounded before the store. Up to kTileRows rows
-// of x, weights go from memory into registers once. With more, a block of rows of w is first
-// widened into scratch that stays in L2, where all rows of x meet it.
+// Up to kTileRows rows of x, weights go from memory into registers once. With more, all rows of x
+// meet a block of rows of w that stays in L2; int8 is first widened there into scratch. (It is exact
+// in bf16 and fp32, so that nothing is rounded before the store.)
 #pragma once
 #include "tiles.h"
 
 LX_NAMESPACE_BEGIN
 
 constexpr int kColumns = 4;
-constexpr int64_t kBlockBytes = 1 << 18;  // of widened weights
+constexpr int64_t kBlockBytes = 1 << 18;  // of weights, after widening
 constexpr int64_t kMostBlockRows = 64;
 
 // Factors that a vector holds.
@@ -64,9 +65,9 @@ inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Vec<Acc<E>> a, Vec<Acc<E>> b) {
 }
 
 // y (rows, columns), of rows N apart, for `rows` <= kRows rows of x and `columns` <= kColumns rows
-// of w, int8 or widened. Where there are fewer, the last is computed again and not stored.
+// of w. Where there are fewer, the last is computed again and not stored. scale null: all 1.
 template <int kRows, class T, class W>
-void linear_int8_tile(T* y, int64_t N, const T* const* x, int64_t rows, const W* w,
+void linear_tile(T* y, int64_t N, const T* const* x, int64_t rows, const W* w,
                       int64_t w_stride, int64_t columns, const float* scale, int64_t K) {
   using E = Factor<T>;
   using A = Acc<T>;
@@ -79,7 +80,10 @@ void linear_int8_tile(T* y, int64_t N, const T* const* x, int64_t rows, const W*
   const auto add = [&](int64_t k, auto... n) {
     Vec<A> b[kColumns];
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; c++) b[c] = factors<E>(w_row[c] + k, n...);
+    for (int c = 0; c < kColumns; c++) {
+      b[c] = factors<E>(w_row[c] + k, n...);
+      __builtin_prefetch(w_row[c] + k + kColumns * w_stride);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; r++) {
       const Vec<A> a = factors<E>(x_row[r] + k, n...);
@@ -95,9 +99,42 @@ void linear_int8_tile(T* y, int64_t N, const T* const* x, int64_t rows, const W*
     for (int r = 0; r < kRows; r++)
       for (int c = 0; c < kColumns; c++) totals[r][c] += sums[r][c];
   }
-  for (int r = 0; r < rows; r++)
+  for (int r = 0; r < rows; r++) {
+    A out[kColumns];
+    sum_each(out, totals[r]);
     for (int c = 0; c < columns; c++)
-      store(y + r * N + c, splat(sum(totals[r][c]) * A(scale[c])), 1);
+      store(y + r * N + c, splat(scale ? out[c] * A(scale[c]) : out[c]), 1);
+  }
+}
+
+// Columns [begin, end) of y (M, N) for the rows of w from w_begin, the first of them, on.
+template <int kRows, class T, class W>
+void linear_columns(T* y, int64_t N, const void* x, const Rows& x_rows, int64_t M, const W* w_begin,
+                    int64_t w_stride, const float* scale, int64_t K, int64_t begin, int64_t end) {
+  for (int64_t m = 0; m < M; m += kRows) {
+    const int64_t rows = least(kRows, M - m);
+    const T* x_row[kRows];
+    for (int r = 0; r < rows; r++) x_row[r] = row<T>(x, x_rows, m + r);
+    for (int64_t n = begin; n < end; n += kColumns)
+      linear_tile<kRows>(y + m * N + n, N, x_row, rows, w_begin + (n - begin) * w_stride, w_stride,
+                         least(kColumns, end - n), scale ? scale + n : nullptr, K);
+  }
+}
+
+// Likewise, with as many rows at a time as there are, up to kTileRows.
+template <class T, class... Args> void linear_columns_of(int64_t M, T* y, const Args&... args) {
+  switch (M) {
+    case 1: return linear_columns<1>(y, args...);
+    case 2: return linear_columns<2>(y, args...);
+    case 3: return linear_columns<3>(y, args...);
+    default: return linear_columns<kTileRows>(y, args...);
+  }
+}
+
+// How many rows of w, each of `bytes`, make a block.
+inline int64_t block_of_rows(int64_t bytes) {
+  const int64_t block = kBlockBytes / bytes / kColumns * kColumns;
+  return least(kMostBlockRows, block < kColumns ? kColumns : block);
 }
 
 // Widened rows of w, `padded` factors apart.
@@ -113,41 +150,41 @@ void widen_rows(W* out, int64_t padded, const int8_t* w, int64_t w_stride, int64
     }
 }
 
+// y = x w^T (scale) from the weights as they lie.
+template <class T, class W>
+void linear_direct(T* y, const void* x, const Rows& x_rows, const W* w, int64_t w_stride,
+                   const float* scale, int64_t N, int64_t K, Stream stream) {
+  const int64_t M = count(x_rows), block = block_of_rows((K + 1) * sizeof(W));
+  parallel_for(stream, (N + kColumns - 1) / kColumns, grain_rows(kColumns * K),
+               [&](int64_t first, int64_t last) {
+    const int64_t stop = least(last * kColumns, N);
+    for (int64_t begin = first * kColumns; begin < stop; begin += block)
+      linear_columns_of(M, y, N, x, x_rows, M, w + begin * w_stride, w_stride, scale, K, begin,
+                        least(begin + block, stop));
+  });
+}
+
+Status linear(void* y, const void* x, Rows x_rows, const void* w, int64_t w_stride, int64_t N,
+              int64_t K, DType dtype, Stream stream) {
+  return dispatch(dtype, [&](auto t) {
+    using T = decltype(t);
+    linear_direct(static_cast<T*>(y), x, x_rows, static_cast<const T*>(w), w_stride, nullptr, N, K,
+                  stream);
+    return kOk;
+  });
+}
+
 Status linear_int8(void* y, const void* x, Rows x_rows, const int8_t* w, int64_t w_stride,
                    const float* scale, int64_t N, int64_t K, DType dtype, Stream stream) {
   return dispatch(dtype, [&](auto t) {
     using T = decltype(t);
     using E = Factor<T>;
     const int64_t M = count(x_rows), padded = round_up(K + 1, kFactors<E>);
-    const auto tiles = [&](auto rows_at_once, const auto* w_block, int64_t stride, int64_t begin,
-                           int64_t end) {
-      constexpr int kRows = decltype(rows_at_once)::value;
-      for (int64_t m = 0; m < M; m += kRows) {
-        const int64_t rows = M - m < kRows ? M - m : kRows;
-        const T* x_row[kRows];
-        for (int r = 0; r < rows; r++) x_row[r] = row<T>(x, x_rows, m + r);
-        for (int64_t n = begin; n < end; n += kColumns)
-          linear_int8_tile<kRows>(static_cast<T*>(y) + m * N + n, N, x_row, rows,
-                                  w_block + (n - begin) * stride, stride,
-                                  end - n < kColumns ? end - n : kColumns, scale + n, K);
-      }
-    };
     if (M <= kTileRows) {
-      const int64_t quads = (N + kColumns - 1) / kColumns;
-      parallel_for(stream, quads, grain_rows(kColumns * K), [&](int64_t first, int64_t last) {
-        const int64_t begin = first * kColumns, end = last < quads ? last * kColumns : N;
-        const int8_t* from = w + begin * w_stride;
-        switch (M) {
-          case 1: return tiles(std::integral_constant<int, 1>{}, from, w_stride, begin, end);
-          case 2: return tiles(std::integral_constant<int, 2>{}, from, w_stride, begin, end);
-          case 3: return tiles(std::integral_constant<int, 3>{}, from, w_stride, begin, end);
-          default: return tiles(std::integral_constant<int, 4>{}, from, w_stride, begin, end);
-        }
-      });
+      linear_direct(static_cast<T*>(y), x, x_rows, w, w_stride, scale, N, K, stream);
       return kOk;
     }
-    int64_t block = kBlockBytes / int64_t(padded * sizeof(E)) / kColumns * kColumns;
-    block = block < kColumns ? kColumns : block > kMostBlockRows ? kMostBlockRows : block;
+    const int64_t block = block_of_rows(padded * sizeof(E));
     std::atomic<bool> out_of_memory{false};
     parallel_for(stream, (N + block - 1) / block, grain_rows(block * K),
                  [&](int64_t first, int64_t last) {
@@ -155,9 +192,10 @@ Status linear_int8(void* y, const void* x, Rows x_rows, const int8_t* w, int64_t
       auto* wide = reinterpret_cast<E*>(scratch.begin());  // (block, padded)
       if (!wide) out_of_memory = true;
       for (int64_t b = first; wide && b < last; b++) {
-        const int64_t begin = b * block, end = begin + block < N ? begin + block : N;
+        const int64_t begin = b * block, end = least(begin + block, N);
         widen_rows<E>(wide, padded, w + begin * w_stride, w_stride, end - begin, K);
-        tiles(std::integral_constant<int, kTileRows>{}, wide, padded, begin, end);
+        linear_columns<kTileRows>(static_cast<T*>(y), N, x, x_rows, M, wide, padded, scale, K,
+                                  begin, end);
       }
     });
     return out_of_memory ? kOutOfMemory : kOk;
