@@ -72,6 +72,19 @@ def test_gradients_are_proportional_to_that_of_the_loss(dtype):
         assert (many - 37.3 * one).abs().max() <= torch.finfo(dtype).eps * many.abs().max() + 1e-12
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_backward_that_comes_twice_adds_the_same_gradients(dtype):
+    hidden, weight, target = case(20, 16, 30, dtype)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    loss = lx.linear_cross_entropy(*leaves, target)
+    loss.backward(retain_graph=True)
+    once = [leaf.grad.clone() for leaf in leaves]
+    for times in (2, 3):
+        loss.backward(retain_graph=True)
+        for leaf, grad in zip(leaves, once):
+            torch.testing.assert_close(leaf.grad, times * grad)
+
+
 def test_leading_dimensions_and_strides():
     hidden, weight, target = case(24, 16, 30, torch.float32)
     check_lce(hidden.view(2, 3, 4, 16), weight, target.view(2, 3, 4))

@@ -45,6 +45,19 @@ def _check(hidden, weight, target, ignore_index):
                    f"{target.flatten()[row].item()} in row {row}")
 
 
+def _rows_at_once(V, dtype, need_dweight):
+    """Rows whose logits are held at a time. For the gradient of weight in half dtypes, a product
+    that is rounded before it is added takes half the room."""
+    has_product = need_dweight and dtype != torch.promote_types(dtype, torch.float32)
+    return max(1, CHUNK_BYTES // (2 if has_product else 1) // max(V * dtype.itemsize, 1))
+
+
+def _dweight_dtype(rows, V, dtype):
+    """What the gradient of weight is made in: fp32 where it is a sum over several chunks."""
+    several = rows > _rows_at_once(V, dtype, True)
+    return torch.promote_types(dtype, torch.float32) if several else dtype
+
+
 def _slices(rows, row_bytes, budget):
     """Slices of at most `budget` bytes, or one row, that cover `rows` rows of row_bytes each."""
     step = max(1, budget // max(row_bytes, 1))
@@ -54,19 +67,18 @@ def _slices(rows, row_bytes, budget):
 def _sweep(h, weight, t, options, dloss=None, lse=None, need_dhidden=False, need_dweight=False):
     """(loss, lse, dhidden, dweight) of h (rows, C), weight (V, C), t (rows,). dloss, the gradient
     of each row's loss or one for all, is needed for gradients only; an unwanted one comes back
-    empty. lse, if known, spares the losses (returned empty). dweight is fp32 for half dtypes."""
+    empty. lse, if known, spares the losses (returned empty). dweight is of _dweight_dtype."""
     rows, (V, C), dtype = h.shape[0], weight.shape, h.dtype
     acc = torch.promote_types(dtype, torch.float32)
     known = lse is not None
     loss = torch.empty(0 if known else rows, dtype=acc, device=h.device)
     lse = lse if known else torch.empty_like(loss)
     dhidden = torch.empty((rows, C) if need_dhidden else 0, dtype=dtype, device=h.device)
-    dweight = torch.zeros((V, C) if need_dweight else 0, dtype=acc, device=h.device)
-    # In half dtypes a product for dweight is rounded before it is added: it takes half the room.
-    has_product = need_dweight and dtype != acc
-    budget = CHUNK_BYTES // 2 if has_product else CHUNK_BYTES
-    chunks = _slices(rows, V * h.element_size(), budget)
-    logits = torch.empty(chunks[0].stop if chunks else 0, V, dtype=dtype, device=h.device)
+    step, wide = _rows_at_once(V, dtype, need_dweight), _dweight_dtype(rows, V, dtype)
+    chunks = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+    new = torch.empty if len(chunks) == 1 else torch.zeros
+    dweight = new((V, C) if need_dweight else 0, dtype=wide, device=h.device)
+    logits = torch.empty(min(step, rows), V, dtype=dtype, device=h.device)
     for part in chunks:
         z = torch.mm(h[part], weight.t(), out=logits[:part.stop - part.start])
         if not known:
@@ -77,9 +89,12 @@ def _sweep(h, weight, t, options, dloss=None, lse=None, need_dhidden=False, need
                            *options)
         if need_dhidden:
             torch.mm(z, weight, out=dhidden[part])
-        if has_product:
-            # The sum may widen it first: room for both.
-            for columns in _slices(V, C * (h.element_size() + dweight.element_size()), budget):
+        if need_dweight and len(chunks) == 1:
+            torch.mm(z.t(), h, out=dweight)
+        elif need_dweight and dtype != wide:
+            # The sum may widen the product first: room for both.
+            row_bytes = C * (h.element_size() + dweight.element_size())
+            for columns in _slices(V, row_bytes, CHUNK_BYTES // 2):
                 dweight[columns] += z[:, columns].t() @ h[part]
         elif need_dweight:
             dweight.addmm_(z.t(), h[part])
@@ -113,7 +128,8 @@ def _(hidden, weight, target, ignore_index, label_smoothing, z_loss, mean, need_
     rows = hidden.numel() // hidden.shape[-1] if hidden.shape[-1] else target.numel()
     return (hidden.new_empty((), dtype=acc), hidden.new_empty((), dtype=acc),
             hidden.new_empty((rows, hidden.shape[-1]) if need_dhidden else 0),
-            weight.new_empty(weight.shape if need_dweight else 0, dtype=acc))
+            weight.new_empty(weight.shape if need_dweight else 0,
+                             dtype=_dweight_dtype(rows, weight.shape[0], weight.dtype)))
 
 
 @torch.library.custom_op("llama_ext::linear_cross_entropy_scale", mutates_args=())
@@ -170,6 +186,13 @@ def _(dloss, hidden, weight, target, lse, ignore_index, label_smoothing, z_loss,
             weight.new_empty(weight.shape if need_dweight else 0))
 
 
+def _scaled(grad, factor, dtype):
+    if type(factor) is torch.Tensor and factor.is_cpu and not torch.compiler.is_compiling():
+        if factor == 1:  # on other devices one would have to wait to know
+            return grad.to(dtype, copy=True)  # autograd may add to it in place
+    return linear_cross_entropy_scale(grad, factor, dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, options, mean):
@@ -185,9 +208,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_dhidden, need_dweight = ctx.needs_input_grad[:2]
         factor = factor * dresult
         if need_dhidden:
-            dhidden = linear_cross_entropy_scale(dhidden, factor, ctx.dtype).view(ctx.hidden_shape)
+            dhidden = _scaled(dhidden, factor, ctx.dtype).view(ctx.hidden_shape)
         if need_dweight:
-            dweight = linear_cross_entropy_scale(dweight, factor, ctx.dtype)
+            dweight = _scaled(dweight, factor, ctx.dtype)
         return (dhidden if need_dhidden else None, dweight if need_dweight else None,
                 None, None, None)
 
@@ -217,9 +240,9 @@ def linear_cross_entropy(hidden, weight, target, ignore_index=-100, *, reduction
     a row that does not count. reduction, label_smoothing, z_loss and what is returned: as
     `cross_entropy`; the backward of reduction "none" makes the logits once more.
     Beyond the gradients it takes at most 256 MiB (CHUNK_BYTES), or one row of logits, whatever the
-    number of rows; the gradient of weight is held and summed in fp32 until the backward. Raises
-    RuntimeError for arguments that do not fit and, on the CPU, for targets out of range; on other
-    devices such a row's loss and gradient are NaN.
+    number of rows; the gradient of weight is held until the backward, in fp32 where it is a sum
+    over several chunks. Raises RuntimeError for arguments that do not fit and, on the CPU, for
+    targets out of range; on other devices such a row's loss and gradient are NaN.
     """
     check_reduction("linear_cross_entropy", reduction)
     dtype = autocast_dtype(hidden)
