@@ -1,9 +1,10 @@
 // RMSNorm, with and without a residual added first. Formulas in csrc/api.h.
 //
-// A row is read twice, the second time from cache. The backward takes four rows at a time, so that
-// the weight and its gradient are read and written once for the four; the gradient of the weight is
-// summed per part (a fixed share of the rows), then over the parts in order. (Its stores do not go
-// past the caches: four rows in turn are too many for the buffers that gather such stores.)
+// A row is read twice, the second time from cache, while memory brings the next one. The backward
+// takes four rows at a time, so that the weight is read once for the four, and from run to run of
+// columns, so that the weight and its gradient stay in the nearest cache while the results are
+// written in long pieces. The gradient of the weight is summed per part (a fixed share of the rows),
+// then over the parts in order.
 #pragma once
 #include <cmath>
 
@@ -28,6 +29,8 @@ void rmsnorm_fwd_row(T* y, T* h, Acc<T>* rstd, const T* x, const T* residual, co
   *rstd = static_cast<A>(1 / std::sqrt(mean + eps));
   const T* in = residual ? h : x;
   for_each_vec<A>(D, [&](int64_t j, auto n) {
+    __builtin_prefetch(x + D + j);
+    if (residual) __builtin_prefetch(residual + D + j);
     store(y + j, load(in + j, n) * *rstd * load(weight + j, n), n, past);
   });
 }
@@ -49,12 +52,14 @@ Status rmsnorm_fwd(void* y, void* h, void* rstd, const void* x, Rows x_rows, con
   });
 }
 
+constexpr int64_t kRun = 1024;  // columns
+
 inline int64_t rmsnorm_bwd_parts(int64_t rows) { return rows < 1024 ? (rows + 31) / 32 : 32; }
 
 // kRows rows of dx; their share of dweight is added to dw (D), unless it is null.
 template <int kRows, class T, class W>
 void rmsnorm_bwd_rows(T* dx, Acc<T>* dw, const T* const* dy, const T* const* dh, const T* const* h,
-                      const W* weight, const Acc<T>* rstd, int64_t D) {
+                      const W* weight, const Acc<T>* rstd, int64_t D, bool past) {
   using A = Acc<T>;
   Vec<A> dots[kRows] = {};
   for_each_vec<A>(D, [&](int64_t j, auto n) {
@@ -64,24 +69,31 @@ void rmsnorm_bwd_rows(T* dx, Acc<T>* dw, const T* const* dy, const T* const* dh,
   A scale[kRows];
   for (int r = 0; r < kRows; r++)
     scale[r] = static_cast<A>(double(rstd[r]) * rstd[r] * sum(dots[r]) / D);
-  for_each_vec<A>(D, [&](int64_t j, auto n) {
-    const Vec<A> w = load(weight + j, n);
-    Vec<A> dw_rows{};
+  for (int64_t begin = 0; begin < D; begin += kRun)
     for (int r = 0; r < kRows; r++) {
-      const Vec<A> g = load(dy[r] + j, n), v = load(h[r] + j, n);
-      Vec<A> d = rstd[r] * (g * w - v * scale[r]);
-      if (dh) d += load(dh[r] + j, n);
-      store(dx + r * D + j, d, n);
-      dw_rows += g * (v * rstd[r]);
+      const T *dy_row = dy[r], *h_row = h[r], *dh_row = dh ? dh[r] : nullptr;
+      T* dx_row = dx + r * D;
+      const A inverse = rstd[r], factor = scale[r];
+      for_each_vec<A>(D - begin < kRun ? D - begin : kRun, [&](int64_t k, auto n) {
+        const int64_t j = begin + k, next = j + kRows * D;
+        __builtin_prefetch(dy_row + next);
+        __builtin_prefetch(h_row + next);
+        const Vec<A> g = load(dy_row + j, n), v = load(h_row + j, n);
+        Vec<A> d = inverse * (g * load(weight + j, n) - v * factor);
+        if (dh_row) {
+          __builtin_prefetch(dh_row + next);
+          d += load(dh_row + j, n);
+        }
+        store(dx_row + j, d, n, past);
+        if (dw) store(dw + j, load(dw + j, n) + g * (v * inverse), n);
+      });
     }
-    if (dw) store(dw + j, load(dw + j, n) + dw_rows, n);
-  });
 }
 
 template <class T, class W>
 void rmsnorm_bwd_part(T* dx, Acc<T>* dw, const void* dy, const Rows& dy_rows, const void* dh,
                       const Rows& dh_rows, const void* h, const Rows& h_rows, const W* weight,
-                      const Acc<T>* rstd, int64_t D, int64_t begin, int64_t end) {
+                      const Acc<T>* rstd, int64_t D, int64_t begin, int64_t end, bool past) {
   if (dw) memset(dw, 0, D * sizeof *dw);
   const auto rows_from = [&](int64_t i, auto rows) {
     constexpr int kRows = decltype(rows)::value;
@@ -92,7 +104,7 @@ void rmsnorm_bwd_part(T* dx, Acc<T>* dw, const void* dy, const Rows& dy_rows, co
       if (dh) dh_row[r] = row<T>(dh, dh_rows, i + r);
     }
     rmsnorm_bwd_rows<kRows>(dx + i * D, dw, dy_row, dh ? dh_row : nullptr, h_row, weight, rstd + i,
-                            D);
+                            D, past);
   };
   int64_t i = begin;
   for (; i + 4 <= end; i += 4) rows_from(i, std::integral_constant<int, 4>{});
@@ -107,12 +119,14 @@ Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows 
     using W = decltype(w);
     using A = Acc<T>;
     const int64_t rows = count(h_rows), parts = rmsnorm_bwd_parts(rows);
+    const bool past = past_cache(static_cast<T*>(dx), rows, D, D);
     A* sums = dweight ? static_cast<A*>(partial) : nullptr;  // (parts, D)
     parallel_for(stream, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; p++)
         rmsnorm_bwd_part(static_cast<T*>(dx), sums ? sums + p * D : nullptr, dy, dy_rows, dh,
                          dh_rows, h, h_rows, static_cast<const W*>(weight),
-                         static_cast<const A*>(rstd), D, rows * p / parts, rows * (p + 1) / parts);
+                         static_cast<const A*>(rstd), D, rows * p / parts, rows * (p + 1) / parts,
+                         past);
     });
     if (!dweight) return kOk;
     parallel_for(stream, D, grain_rows(parts), [&](int64_t begin, int64_t end) {

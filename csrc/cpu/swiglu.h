@@ -4,7 +4,7 @@
 
 LX_NAMESPACE_BEGIN
 
-template <class V> inline V sigmoid(V x) { return 1 / (1 + exp(-x)); }
+template <class T> inline Vec<Acc<T>> sigmoid(Vec<Acc<T>> x) { return 1 / (1 + exp_to<T>(-x)); }
 
 Status swiglu_fwd(void* out, const void* gate, Rows gate_rows, const void* up, Rows up_rows,
                   int64_t F, DType dtype, Stream stream) {
@@ -17,7 +17,7 @@ Status swiglu_fwd(void* out, const void* gate, Rows gate_rows, const void* up, R
         T* out_row = static_cast<T*>(out) + i * F;
         for_each_vec<Acc<T>>(F, [&](int64_t j, auto n) {
           const Vec<Acc<T>> g = load(g_row + j, n);
-          store(out_row + j, g * sigmoid(g) * load(u_row + j, n), n, past);
+          store(out_row + j, g * sigmoid<T>(g) * load(u_row + j, n), n, past);
         });
       }
     });
@@ -40,7 +40,7 @@ Status swiglu_bwd(void* dgate, void* dup, int64_t grad_stride, const void* dout,
         T* dg_row = static_cast<T*>(dgate) + i * grad_stride;
         T* du_row = static_cast<T*>(dup) + i * grad_stride;
         for_each_vec<Acc<T>>(F, [&](int64_t j, auto n) {
-          const Vec<Acc<T>> d = load(d_row + j, n), g = load(g_row + j, n), s = sigmoid(g);
+          const Vec<Acc<T>> d = load(d_row + j, n), g = load(g_row + j, n), s = sigmoid<T>(g);
           store(dg_row + j, d * load(u_row + j, n) * s * (1 + g * (1 - s)), n, past);
           store(du_row + j, d * (g * s), n, past);
         });

@@ -54,7 +54,9 @@ inline Vec64 splat(double a) { return Vec64{} + a; }
 // ---- float <-> storage, whole vectors ---------------------------------------------------------
 
 inline Vec32 widen(Bits16 h, bf16) {
-#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC finds a longer way
+#if defined(__AVX512F__)  // GCC finds longer ways
+  return (Vec32)((Bits32)_mm512_cvtepu16_epi32((__m256i)h) << 16);
+#elif defined(__AVX2__)
   return (Vec32)((Bits32)_mm256_cvtepu16_epi32((__m128i)h) << 16);
 #else
   return (Vec32)(__builtin_convertvector(h, Bits32) << 16);
@@ -68,7 +70,9 @@ inline Bits16 narrow(Vec32 v, bf16) {
 #else
   const Bits32 u = (Bits32)v, rounded = u + 0x7fff + ((u >> 16) & 1);
   const Bits32 high = (rounded | (Bits32)(v != v)) >> 16;
-#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC finds a longer way
+#if defined(__AVX512F__)  // GCC finds longer ways
+  return (Bits16)_mm512_cvtepi32_epi16((__m512i)high);
+#elif defined(__AVX2__)
   return (Bits16)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)high),
                                   _mm256_extracti128_si256((__m256i)high, 1));
 #else
@@ -314,33 +318,58 @@ inline Vec64 exp(Vec64 x) {
   return x > big ? splat(__builtin_inf()) : (x == x ? low : x);
 }
 
-// e^x for x <= 0 (or a rounding error above): half the work of exp. 0 for -inf and below the range
-// of normal numbers, NaN for NaN; the error is about 1 ulp near 0 and grows with |x|.
-// x log2(e) = n + f with |f| <= 1/2; 2^f by its minimax polynomial.
-inline Vec32 exp_negative(Vec32 x) {
-  const Vec32 t = x * 1.44269504f;
+// 2^t to about 1 ulp, by a minimax polynomial; NaN for NaN. With AVX-512 for any t; else for t from
+// -127, which gives 0, to 128, which gives inf.
+inline Vec32 exp2_near(Vec32 t) {
 #if defined(__AVX512F__)
-  const Vec32 clamped = at_least(-200, t);
-  const Vec32 n = (Vec32)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT);
-#else
-  const Vec32 clamped = at_least(-127, t), shift = splat(12582912.f);
-  const Vec32 moved = clamped + shift, n = moved - shift;
-#endif
-  const Vec32 f = clamped - n;
-  Vec32 p = splat(1.535336159e-4f);
-  p = p * f + 1.339887452e-3f;
-  p = p * f + 9.618437360e-3f;
-  p = p * f + 5.550332471e-2f;
-  p = p * f + 2.402264791e-1f;
-  p = p * f + 6.931472029e-1f;
+  // t less its floor; of an infinite t, 0.
+  const Vec32 f = (Vec32)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vec32 p = splat(1.867130050e-3f);
+  p = p * f + 9.017030708e-3f;
+  p = p * f + 5.579991266e-2f;
+  p = p * f + 2.401644439e-1f;
+  p = p * f + 6.931512952e-1f;
   p = p * f + 1.f;
-#if defined(__AVX512F__)
-  return (Vec32)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return (Vec32)_mm512_scalef_ps((__m512)p, (__m512)t);  // times 2^floor(t)
 #else
-  return p * (Vec32)(((Bits32)moved << 23) + (127u << 23));  // moved ends in the bits of n
+  const Vec32 shift = splat(12582912.f), moved = t + shift, f = t - (moved - shift);
+  Vec32 p = splat(1.326472731e-3f);
+  p = p * f + 9.671512991e-3f;
+  p = p * f + 5.550733581e-2f;
+  p = p * f + 2.402224243e-1f;
+  p = p * f + 6.931470037e-1f;
+  p = p * f + 1.f;
+  return p * (Vec32)(((Bits32)moved << 23) + (127u << 23));  // moved ends in the bits of t, rounded
 #endif
 }
 
+// e^x with half the work of exp: the error is about 1 ulp near 0 and grows with |x|. 0 for -inf and
+// below the range of normal numbers, NaN for NaN, inf from 2^128 (without AVX-512, 2^127.5) on.
+inline Vec32 exp_near(Vec32 x) {
+  const Vec32 t = x * 1.44269504f;
+#if defined(__AVX512F__)
+  return exp2_near(t);
+#else
+  return exp2_near(at_least(-127, at_most(128, t)));
+#endif
+}
+inline Vec64 exp_near(Vec64 x) { return exp(x); }
+
+// e^x as exact as what it becomes a part of, rounded to T, can show.
+template <class T> inline Vec<Acc<T>> exp_to(Vec<Acc<T>> x) {
+  if constexpr (sizeof(T) == 2) return exp_near(x);
+  else return exp(x);
+}
+
+// exp_near for x <= 0, or a rounding error above.
+inline Vec32 exp_negative(Vec32 x) {
+  const Vec32 t = x * 1.44269504f;
+#if defined(__AVX512F__)
+  return exp2_near(t);
+#else
+  return exp2_near(at_least(-127, t));
+#endif
+}
 inline Vec64 exp_negative(Vec64 x) { return exp(x); }
 
 LX_NAMESPACE_END
