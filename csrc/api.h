@@ -146,10 +146,11 @@ typedef struct Kernels {
                           const int64_t dout_stride[3], const void* o, const void* lse,
                           const void* dlse, const Attention* a, Stream stream);
 
-  /* y = x w^T: y[m][n] = sum over k of x[m][k] * w[n][k]. y (rows, N) contiguous; x (rows, K);
-   * w (N, K), its rows w_stride apart. For few rows; on the CPU alone. */
-  Status (*linear)(void* y, const void* x, Rows x_rows, const void* w, int64_t w_stride, int64_t N,
-                   int64_t K, DType dtype, Stream stream);
+  /* y = x w^T for each of `count` weights: y[m][n] = sum over k of x[m][k] * w[n][k]. y (rows, N)
+   * contiguous; x (rows, K); w (N, K), its rows w_stride apart. For few rows; on the CPU alone. */
+  Status (*linear)(void* const* y, const void* x, Rows x_rows, const void* const* w,
+                   const int64_t* w_stride, const int64_t* N, int count, int64_t K, DType dtype,
+                   Stream stream);
 
   /* y = x (scale w)^T: y[m][n] = scale[n] * sum over k of x[m][k] * w[n][k]. y (rows, N) contiguous;
    * x (rows, K); w (N, K), its rows w_stride apart; scale (N). */

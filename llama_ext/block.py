@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layers import CausalSelfAttention, FeedForward, Linear, RMSNorm, RotaryEmbedding, SwiGLU
-from .ops._library import autocast_dtype, single_backward
+from .ops._library import autocast_dtype, fake, kernel, single_backward
 from .ops.attention import attention_bwd, attention_fwd
+from .ops.linear import serves
 from .ops.rmsnorm import rmsnorm_fwd, rmsnorm_residual_bwd, rmsnorm_residual_fwd
 from .ops.rope import rope_rotate_qk
 from .ops.swiglu import swiglu_bwd, swiglu_fwd
@@ -228,34 +229,43 @@ def why_composed(block):
     the function reads their weights and does not call them, so that a part with a hook, with a
     forward of its own, of another class, or with weights that are no plain tensors (DTensor,
     quantised) is called as ever. Under fully_shard the weights are plain inside the block's forward
-    only. A call with a KV cache is always composed. Global module hooks are no reason: they see the
-    block, not its parts.
+    only. Global module hooks are no reason: they see the block, not its parts. A call with a KV
+    cache is composed, or one operator without gradients (runs_as_one_operator).
     """
     if not torch.is_grad_enabled():
         return "no gradients are recorded"
-    for name, expected in _PARTS.items():
-        part = block.get_submodule(name)
+    return _why_its_parts_are_called(block)
+
+
+def _why_its_parts_are_called(block):
+    for (parent, name), expected in _PARTS.items():
+        modules = block._modules
+        part = (modules[parent]._modules if parent else modules)[name]  # much faster than getattr
+        path = f"{parent}.{name}" if parent else name
         if type(part) is not expected:
-            return f"{name} is a {type(part).__name__}, not a {expected.__name__}"
-        if any(getattr(part, hooks) for hooks in _HOOKS):
-            return f"{name} has a hook"
-        if "forward" in vars(part):
-            return f"{name} has a forward of its own"
-        if getattr(part, "bias", None) is not None:
-            return f"{name} has a bias"
-        weight = getattr(part, "weight", None)
-        if weight is not None and type(weight) not in (nn.Parameter, torch.Tensor):
-            return f"{name}.weight is a {type(weight).__name__}"
+            return f"{path} is a {type(part).__name__}, not a {expected.__name__}"
+        own = part.__dict__
+        if (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]):
+            return f"{path} has a hook"
+        if "forward" in own:
+            return f"{path} has a forward of its own"
+        parameters = own["_parameters"]
+        if parameters.get("bias", own.get("bias")) is not None:
+            return f"{path} has a bias"
+        weight = parameters.get("weight", own.get("weight"))
+        if type(weight) not in _PLAIN:
+            return f"{path}.weight is a {type(weight).__name__}"
     return None
 
 
 _PARTS = {
-    "attention": CausalSelfAttention, "attention.wq": Linear, "attention.wk": Linear,
-    "attention.wv": Linear, "attention.wo": Linear, "attention.rotary": RotaryEmbedding,
-    "feed_forward": FeedForward, "feed_forward.w1": Linear, "feed_forward.w2": Linear,
-    "feed_forward.w3": Linear, "feed_forward.swiglu": SwiGLU, "attention_norm": RMSNorm,
-    "ffn_norm": RMSNorm}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    ("", "attention"): CausalSelfAttention, ("attention", "wq"): Linear,
+    ("attention", "wk"): Linear, ("attention", "wv"): Linear, ("attention", "wo"): Linear,
+    ("attention", "rotary"): RotaryEmbedding, ("", "feed_forward"): FeedForward,
+    ("feed_forward", "w1"): Linear, ("feed_forward", "w2"): Linear, ("feed_forward", "w3"): Linear,
+    ("feed_forward", "swiglu"): SwiGLU, ("", "attention_norm"): RMSNorm, ("", "ffn_norm"): RMSNorm}
+_PLAIN = nn.Parameter, torch.Tensor, type(None)
 
 
 def fused_block(block, x, residual=None, start_pos=0):
@@ -267,7 +277,7 @@ def fused_block(block, x, residual=None, start_pos=0):
     Raises ValueError for an x that is not (B, T, C), RuntimeError for shapes, dtypes or devices
     that do not fit, and for a double backward.
     """
-    attention, feed_forward = block.attention, block.feed_forward
+    attention = block.attention
     if x.dim() != 3:
         raise ValueError(f"TransformerBlock: x: expected (B, T, {attention.wq.in_features}), got "
                          f"shape {tuple(x.shape)}")
@@ -275,7 +285,37 @@ def fused_block(block, x, residual=None, start_pos=0):
     cos, sin = attention.rotary.tables(x.shape[1], start_pos, dtype=lower or x.dtype)
     options = _Options(block.attention_norm.eps, block.ffn_norm.eps, attention.head_dim,
                        attention.window or 0, attention.rotary.interleaved, lower)
-    weights = _Weights(block.attention_norm.weight, attention.wq.weight, attention.wk.weight,
-                       attention.wv.weight, attention.wo.weight, block.ffn_norm.weight,
-                       feed_forward.w1.weight, feed_forward.w3.weight, feed_forward.w2.weight)
-    return _Block.apply(x, residual, cos, sin, options, *weights)
+    return _Block.apply(x, residual, cos, sin, options, *_weights(block))
+
+
+def _weights(block):
+    attention, feed_forward = block.attention, block.feed_forward
+    return _Weights(block.attention_norm.weight, attention.wq.weight, attention.wk.weight,
+                    attention.wv.weight, attention.wo.weight, block.ffn_norm.weight,
+                    feed_forward.w1.weight, feed_forward.w3.weight, feed_forward.w2.weight)
+
+
+_block_cached = kernel("block_cached")
+
+
+@fake("block_cached")
+def _(x, *args):
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def runs_as_one_operator(block, x):
+    """Whether cached_block() may stand for this TransformerBlock's forward on x (1, N, C), a few
+    tokens on the CPU: without gradients and autocast, all parts what TransformerBlock made."""
+    return (serves(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            and _why_its_parts_are_called(block) is None)
+
+
+def cached_block(block, x, residual, rows, cache):
+    """TransformerBlock.forward(x, residual, rows, cache) as one operator, for a CacheRows: the same
+    kernels, without a visit to Python between them."""
+    attention = block.attention
+    return _block_cached(
+        x, residual, _weights(block), block.attention_norm.eps, block.ffn_norm.eps,
+        attention.head_dim, attention.window or 0, attention.rotary.interleaved,
+        *rows.tables(attention.rotary, x.dtype), *(t.flatten(0, 1) for t in cache), rows.slots,
+        *rows.cu_seqlens)

@@ -158,7 +158,8 @@ class CacheRows:
     logits are wanted (default: 1 each); all lists of R ints. size: (B, S) of the cache. The
     N = sum(counts) tokens come one row after another, without padding.
     Attributes, on `device`: positions, int64 (1, N); last, int64 (sum(last_counts),): the indices
-    of the tokens whose logits are wanted. Raises ValueError when they do not fit into the cache.
+    of the tokens whose logits are wanted; slots, int64 (N,): where among the cache's B * S
+    positions the tokens go; cu_seqlens, a pair of int32: offsets for attention. Raises ValueError when they do not fit into the cache.
     """
 
     def __init__(self, rows, starts, counts, size, last_counts=None, device=None):
@@ -183,8 +184,8 @@ class CacheRows:
         def put(values, dtype=torch.int64):
             return torch.tensor(values, dtype=dtype, device=device)
 
-        self.positions, self.last, self._slots = put([positions]), put(last), put(slots)
-        self._cu_seqlens = put(cu_q + cu_q[-1:], torch.int32), put(cu_k + [B * S], torch.int32)
+        self.positions, self.last, self.slots = put([positions]), put(last), put(slots)
+        self.cu_seqlens = put(cu_q + cu_q[-1:], torch.int32), put(cu_k + [B * S], torch.int32)
         self._tables = {}
 
     def tables(self, rotary, dtype):
@@ -198,12 +199,12 @@ class CacheRows:
         """Writes k, v (1, N, Hkv, D) into the cache, a pair (B, S, Hkv, D); attention of each token
         of q (1, N, H, D) to its row's positions up to its own. Returns o like q."""
         for tensor, new in zip(cache, (k, v)):
-            tensor.flatten(0, 1).index_copy_(0, self._slots, new[0])
+            tensor.flatten(0, 1).index_copy_(0, self.slots, new[0])
         if self._view:  # one row: the kernels for few queries, which want (B, T, H, D), serve it
             row, end = self._view
             return attention(q, *(t[row:row + 1, :end] for t in cache), window=window)
         return attention(q[0], *(t.flatten(0, 1) for t in cache), window=window,
-                         cu_seqlens=self._cu_seqlens)
+                         cu_seqlens=self.cu_seqlens)
 
 
 class CausalSelfAttention(nn.Module):

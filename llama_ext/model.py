@@ -9,8 +9,8 @@ import math
 import torch
 from torch import nn
 
-from .block import fused_block, why_composed
-from .layers import CausalSelfAttention, FeedForward, Linear, RMSNorm, RotaryEmbedding
+from .block import cached_block, fused_block, runs_as_one_operator, why_composed
+from .layers import CacheRows, CausalSelfAttention, FeedForward, Linear, RMSNorm, RotaryEmbedding
 from .ops import linear, linear_cross_entropy
 from .quantize import Int8Linear
 from .rope_scaling import check_rope_scaling
@@ -138,8 +138,9 @@ class KVCache:
 class TransformerBlock(nn.Module):
     """One pre-norm layer. It takes and returns a pair: the newest sub-layer's output x, and the
     residual stream it has yet to be added to, both (B, T, C), so that each addition and the norm
-    behind it are one kernel. In training it is one autograd function with a hand-written backward;
-    block.why_composed tells when it is not."""
+    behind it are one kernel. In training it is one autograd function with a hand-written backward,
+    and for a few tokens with a cache on the CPU one operator; block.why_composed and
+    block.runs_as_one_operator tell when it is not."""
 
     def __init__(self, config, rotary, device=None, dtype=None):
         super().__init__()
@@ -154,6 +155,8 @@ class TransformerBlock(nn.Module):
         """residual None: x is itself the stream, as in the first layer."""
         if cache is None and why_composed(self) is None:
             return fused_block(self, x, residual, start_pos)
+        if isinstance(start_pos, CacheRows) and runs_as_one_operator(self, x):
+            return cached_block(self, x, residual, start_pos, cache)
         if residual is None:
             h, residual = self.attention_norm(x), x
         else:

@@ -4,7 +4,7 @@ import torch
 import llama_ext as lx
 from harness import DTYPES, LAYOUTS, check_op, randn
 
-SHAPES = [(5, 64), (2, 3, 257), (1, 3), (37, 4096), (70, 33), (2, 0), (0, 16), (3, 2, 2, 96)]
+SHAPES = [(5, 64), (2, 3, 257), (1, 3), (37, 4096), (6, 1100), (70, 33), (2, 0), (0, 16), (3, 2, 2, 96)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

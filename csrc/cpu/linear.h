@@ -150,26 +150,35 @@ void widen_rows(W* out, int64_t padded, const int8_t* w, int64_t w_stride, int64
     }
 }
 
-// y = x w^T (scale) from the weights as they lie.
+// The columns of quads [first, last) of kColumns each of y = x w^T (scale), w as it lies.
 template <class T, class W>
-void linear_direct(T* y, const void* x, const Rows& x_rows, const W* w, int64_t w_stride,
-                   const float* scale, int64_t N, int64_t K, Stream stream) {
+void linear_quads(T* y, const void* x, const Rows& x_rows, const W* w, int64_t w_stride,
+                  const float* scale, int64_t N, int64_t K, int64_t first, int64_t last) {
   const int64_t M = count(x_rows), block = block_of_rows((K + 1) * sizeof(W));
-  parallel_for(stream, (N + kColumns - 1) / kColumns, grain_rows(kColumns * K),
-               [&](int64_t first, int64_t last) {
-    const int64_t stop = least(last * kColumns, N);
-    for (int64_t begin = first * kColumns; begin < stop; begin += block)
-      linear_columns_of(M, y, N, x, x_rows, M, w + begin * w_stride, w_stride, scale, K, begin,
-                        least(begin + block, stop));
-  });
+  const int64_t stop = least(last * kColumns, N);
+  for (int64_t begin = first * kColumns; begin < stop; begin += block)
+    linear_columns_of(M, y, N, x, x_rows, M, w + begin * w_stride, w_stride, scale, K, begin,
+                      least(begin + block, stop));
 }
 
-Status linear(void* y, const void* x, Rows x_rows, const void* w, int64_t w_stride, int64_t N,
-              int64_t K, DType dtype, Stream stream) {
+inline int64_t quads_of(int64_t N) { return (N + kColumns - 1) / kColumns; }
+
+Status linear(void* const* y, const void* x, Rows x_rows, const void* const* w,
+              const int64_t* w_stride, const int64_t* N, int count, int64_t K, DType dtype,
+              Stream stream) {
   return dispatch(dtype, [&](auto t) {
     using T = decltype(t);
-    linear_direct(static_cast<T*>(y), x, x_rows, static_cast<const T*>(w), w_stride, nullptr, N, K,
-                  stream);
+    int64_t quads = 0;
+    for (int i = 0; i < count; i++) quads += quads_of(N[i]);
+    parallel_for(stream, quads, grain_rows(kColumns * K), [&](int64_t first, int64_t last) {
+      for (int i = 0; i < count && last > 0; i++) {
+        const int64_t own = quads_of(N[i]);
+        if (first < own)
+          linear_quads(static_cast<T*>(y[i]), x, x_rows, static_cast<const T*>(w[i]), w_stride[i],
+                       nullptr, N[i], K, first, least(last, own));
+        first = most(first - own, 0), last -= own;
+      }
+    });
     return kOk;
   });
 }
@@ -181,7 +190,9 @@ Status linear_int8(void* y, const void* x, Rows x_rows, const int8_t* w, int64_t
     using E = Factor<T>;
     const int64_t M = count(x_rows), padded = round_up(K + 1, kFactors<E>);
     if (M <= kTileRows) {
-      linear_direct(static_cast<T*>(y), x, x_rows, w, w_stride, scale, N, K, stream);
+      parallel_for(stream, quads_of(N), grain_rows(kColumns * K), [&](int64_t first, int64_t last) {
+        linear_quads(static_cast<T*>(y), x, x_rows, w, w_stride, scale, N, K, first, last);
+      });
       return kOk;
     }
     const int64_t block = block_of_rows(padded * sizeof(E));

@@ -39,6 +39,13 @@ STABLE_TORCH_LIBRARY(llama_ext, m) {
   m.def("linear(Tensor x, Tensor weight) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor");
 
+  // x (1, N, C): the newest tokens of rows of a cache, whose keys and values (S, Hkv, D) of all rows
+  // are written at slots (N). weights: as block.py has them.
+  m.def("block_cached(Tensor x, Tensor? residual, Tensor[] weights, float attention_eps,"
+        " float ffn_eps, int head_dim, int window, bool interleaved, Tensor cos, Tensor sin,"
+        " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor cu_q, Tensor cu_k)"
+        " -> (Tensor output, Tensor stream)");
+
   m.def("cpu_isa(str name) -> str");  // the instruction set in use, after a switch; see backend.cpp
   m.def("cpu_isas() -> str");
   m.def("cuda_kernels() -> str");  // the CUDA table's name, or why there is none
@@ -67,6 +74,8 @@ STABLE_TORCH_LIBRARY_IMPL(llama_ext, CompositeExplicitAutograd, m) {
 
   m.impl("linear", TORCH_BOX(&lx::linear));
   m.impl("linear_int8", TORCH_BOX(&lx::linear_int8));
+
+  m.impl("block_cached", TORCH_BOX(&lx::block_cached));
 
   m.impl("cpu_isa", TORCH_BOX(&lx::cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&lx::cpu_isas));

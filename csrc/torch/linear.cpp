@@ -5,14 +5,19 @@
 namespace lx {
 namespace {
 
-// The checked shapes of x (..., K) and weight (N, K), and a new y (..., N).
+// x (..., K) as rows.
+RowView rows_of(const char* op, const Tensor& x) {
+  check(x.dim() >= 1, op, ": x: expected shape (..., K), got ()");
+  return RowView(x);
+}
+
+// The checked weight (N, K) for x (..., K), and a new y (..., N).
 struct Linear {
   int64_t N, K;
-  RowView in;
   Tensor w, y;
 
-  Linear(const char* op, const Tensor& x, const Tensor& weight, ScalarType weight_dtype)
-      : N(0), K(width(op, x)), in(x) {
+  Linear(const char* op, const Tensor& x, const Tensor& weight, ScalarType weight_dtype) {
+    K = x.size(x.dim() - 1);
     check(weight.dim() == 2 && weight.size(1) == K, op, ": weight: expected shape (N, ", K,
           "), K the last of x, got ", shape_text(weight));
     check(weight.scalar_type() == weight_dtype, op, ": weight: expected ", dtype_text(weight_dtype),
@@ -24,33 +29,41 @@ struct Linear {
     shape.back() = N;
     y = new_tensor(shape, x.scalar_type(), x);
   }
-
-  bool empty() const { return !in.count || !N; }
-
- private:
-  static int64_t width(const char* op, const Tensor& x) {
-    check(x.dim() >= 1, op, ": x: expected shape (..., K), got ()");
-    return x.size(x.dim() - 1);
-  }
 };
 
 }  // namespace
 
-Tensor linear(Tensor x, Tensor weight) {
+std::vector<Tensor> linear_each(const Tensor& x, const std::vector<Tensor>& weights) {
   const char* op = "linear";
   const Backend backend = kernels_for(op, "x", x);
   const DType dtype = dtype_of(op, "x", x);
-  const Linear l(op, x, weight, x.scalar_type());
-  if (!l.empty())
-    backend.run(&Kernels::linear, l.y.mutable_data_ptr(), l.in.data(), l.in.rows,
-                l.w.const_data_ptr(), l.w.stride(0), l.N, l.K, dtype);
-  return l.y;
+  const RowView in = rows_of(op, x);
+  std::vector<Tensor> kept, outputs;
+  std::vector<void*> y;
+  std::vector<const void*> w;
+  std::vector<int64_t> stride, N;
+  for (const Tensor& weight : weights) {
+    const Linear l(op, x, weight, x.scalar_type());
+    kept.push_back(l.w);
+    outputs.push_back(l.y);
+    y.push_back(l.y.mutable_data_ptr());
+    w.push_back(l.w.const_data_ptr());
+    stride.push_back(l.w.stride(0));
+    N.push_back(l.N);
+  }
+  if (in.count)
+    backend.run(&Kernels::linear, y.data(), in.data(), in.rows, w.data(), stride.data(), N.data(),
+                static_cast<int>(weights.size()), in.width, dtype);
+  return outputs;
 }
+
+Tensor linear(Tensor x, Tensor weight) { return linear_each(x, {weight})[0]; }
 
 Tensor linear_int8(Tensor x, Tensor weight, Tensor scale) {
   const char* op = "linear_int8";
   const Backend backend = kernels_for(op, "x", x);
   const DType dtype = dtype_of(op, "x", x);
+  const RowView in = rows_of(op, x);
   const Linear l(op, x, weight, ScalarType::Char);
   check(scale.dim() == 1 && scale.size(0) == l.N, op, ": scale: expected shape (", l.N,
         ",), the first of weight, got ", shape_text(scale));
@@ -58,8 +71,8 @@ Tensor linear_int8(Tensor x, Tensor weight, Tensor scale) {
         dtype_text(scale.scalar_type()));
   check_same_device(op, "scale", scale, "x", x);
   const Tensor s = with_contiguous_last(scale, 1);
-  if (!l.empty())
-    backend.run(&Kernels::linear_int8, l.y.mutable_data_ptr(), l.in.data(), l.in.rows,
+  if (in.count && l.N)
+    backend.run(&Kernels::linear_int8, l.y.mutable_data_ptr(), in.data(), in.rows,
                 static_cast<const int8_t*>(l.w.const_data_ptr()), l.w.stride(0),
                 static_cast<const float*>(s.const_data_ptr()), l.N, l.K, dtype);
   return l.y;

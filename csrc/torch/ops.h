@@ -1,6 +1,8 @@
 // The bound operators: each validates, allocates its outputs and calls one kernel. Schemas and what
 // they mean are in library.cpp; public functions with gradients in llama_ext/ops.
 #pragma once
+#include <vector>
+
 #include "binding.h"
 
 namespace lx {
@@ -39,7 +41,14 @@ void cross_entropy_bwd_(Tensor dloss, Tensor logits, Tensor target, Tensor lse,
                         int64_t ignore_index, double label_smoothing, double z_loss);
 
 Tensor linear(Tensor x, Tensor weight);
+std::vector<Tensor> linear_each(const Tensor& x, const std::vector<Tensor>& weights);
 Tensor linear_int8(Tensor x, Tensor weight, Tensor scale);
+
+std::tuple<Tensor, Tensor> block_cached(Tensor x, std::optional<Tensor> residual,
+                                        std::vector<Tensor> weights, double attention_eps,
+                                        double ffn_eps, int64_t head_dim, int64_t window,
+                                        bool interleaved, Tensor cos, Tensor sin, Tensor k_cache,
+                                        Tensor v_cache, Tensor slots, Tensor cu_q, Tensor cu_k);
 
 std::string cpu_isa(std::string name);
 std::string cpu_isas();

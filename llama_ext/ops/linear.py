@@ -21,6 +21,13 @@ def _(x, weight):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def serves(x):
+    """Whether the kernel is for an x (..., K) like this."""
+    return (_HAS_KERNEL and type(x) is torch.Tensor and x.is_cpu and x.dim() > 0
+            and x.numel() <= FEW_ROWS * x.shape[-1] and x.is_floating_point()
+            and autocast_dtype(x) is None)
+
+
 def linear(x, weight):
     """y = x @ weight.T, as torch.nn.functional.linear without bias; x: (..., K), weight: (N, K).
 
@@ -28,9 +35,8 @@ def linear(x, weight):
     reads the weights once, at the speed of the memory; everything else, and every error, by torch.
     Sums are in fp32 (fp64 for float64), rounded once.
     """
-    if (_HAS_KERNEL and type(x) is torch.Tensor and type(weight) in _PLAIN and x.is_cpu
-            and x.dim() and x.numel() <= FEW_ROWS * x.shape[-1] and weight.dim() == 2
+    if (serves(x) and type(weight) in _PLAIN and weight.dim() == 2
             and weight.shape[1] == x.shape[-1] and weight.dtype == x.dtype
-            and x.is_floating_point() and autocast_dtype(x) is None and not needs_grad(x, weight)):
+            and not needs_grad(x, weight)):
         return linear_fwd(x, weight)
     return F.linear(x, weight)

@@ -1,0 +1,68 @@
+// A transformer block for the newest tokens of rows of a cache: what TransformerBlock composes, with
+// no visit to Python in between, which for few tokens takes longer than a kernel. For the CPU.
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "ops.h"
+
+namespace lx {
+namespace {
+
+constexpr const char* kOp = "block_cached";
+
+// Row i of `from` (N, ...) to row slots[i] of `to` (S, ...), both contiguous.
+void write_rows(const char* arg, Tensor& to, const Tensor& from, const Tensor& slots) {
+  check(to.is_cpu() && to.is_contiguous() && to.dim() == 3, kOp, ": ", arg,
+        ": expected a contiguous CPU tensor of shape (S, Hkv, D), got ", shape_text(to));
+  check_same_dtype(kOp, arg, to, "x", from);
+  const int64_t n = from.numel() / (to.size(1) * to.size(2)), S = to.size(0);
+  check(slots.numel() == n && slots.scalar_type() == ScalarType::Long && slots.is_contiguous(), kOp,
+        ": slots: expected int64 of shape (", n, ",), got ", shape_text(slots));
+  const auto* at = static_cast<const int64_t*>(slots.const_data_ptr());
+  const int64_t bytes = from.numel() / n * to.element_size();
+  for (int64_t i = 0; i < n; i++) {
+    check(at[i] >= 0 && at[i] < S, kOp, ": slots: expected 0 to ", S - 1, ", got ", at[i]);
+    std::memcpy(static_cast<char*>(to.mutable_data_ptr()) + at[i] * bytes,
+           static_cast<const char*>(from.const_data_ptr()) + i * bytes, bytes);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> block_cached(Tensor x, std::optional<Tensor> residual,
+                                        std::vector<Tensor> weights, double attention_eps,
+                                        double ffn_eps, int64_t head_dim, int64_t window,
+                                        bool interleaved, Tensor cos, Tensor sin, Tensor k_cache,
+                                        Tensor v_cache, Tensor slots, Tensor cu_q, Tensor cu_k) {
+  check(x.is_cpu() && x.dim() == 3 && x.size(0) == 1 && x.numel() > 0, kOp,
+        ": x: expected a CPU tensor of shape (1, N, C), got ", shape_text(x));
+  check(weights.size() == 9, kOp, ": weights: expected 9, got ", weights.size());
+  const Tensor &attention_norm = weights[0], &wq = weights[1], &wk = weights[2], &wv = weights[3],
+               &wo = weights[4], &ffn_norm = weights[5], &w1 = weights[6], &w3 = weights[7],
+               &w2 = weights[8];
+  const int64_t N = x.size(1);
+  const auto heads = [&](const Tensor& t) {
+    return torch::stable::view(t, {1, N, t.size(2) / head_dim, head_dim});
+  };
+
+  Tensor y, stream = x;
+  if (residual)
+    std::tie(y, stream, std::ignore) =
+        rmsnorm_residual_fwd(x, *residual, attention_norm, attention_eps);
+  else
+    y = std::get<0>(rmsnorm_fwd(x, attention_norm, attention_eps));
+  const std::vector<Tensor> qkv = linear_each(y, {wq, wk, wv});
+  const auto [q, k] = rope_qk(heads(qkv[0]), heads(qkv[1]), cos, sin, interleaved, false);
+  write_rows("k_cache", k_cache, k, slots);
+  write_rows("v_cache", v_cache, qkv[2], slots);
+  const Tensor o = std::get<0>(
+      attention_fwd(torch::stable::view(q, {N, q.size(2), head_dim}), k_cache, v_cache,
+                    std::pow(head_dim, -0.5), true, window, cu_q, cu_k));
+  const Tensor a = linear(torch::stable::view(o, {1, N, o.numel() / N}), wo);
+  std::tie(y, stream, std::ignore) = rmsnorm_residual_fwd(a, stream, ffn_norm, ffn_eps);
+  const std::vector<Tensor> gate_up = linear_each(y, {w1, w3});
+  return {linear(swiglu_fwd(gate_up[0], gate_up[1]), w2), stream};
+}
+
+}  // namespace lx

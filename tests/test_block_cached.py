@@ -1,0 +1,143 @@
+"""A transformer block over cached rows as one operator: the bits of the composition, and when."""
+
+import pytest
+import torch
+
+import llama_ext as lx
+from harness import DTYPES, randn
+from llama_ext.block import cached_block
+from llama_ext.generate import generate
+from llama_ext.layers import CacheRows
+from llama_ext.model import KVCache, TransformerBlock
+from llama_ext.ops.linear import FEW_ROWS
+
+SIZE = 3, 7  # rows of the cache, positions
+
+
+def make(dtype=torch.float32, window=None, interleaved=True, **shape):
+    config = lx.LlamaConfig(**{"dim": 48, "n_layers": 1, "n_heads": 6, "n_kv_heads": 2,
+                               "vocab_size": 9, "hidden_dim": 80, "max_seq_len": 16} | shape)
+    rotary = lx.layers.RotaryEmbedding(config.head_dim, interleaved=interleaved)
+    block = TransformerBlock(config, rotary, dtype=dtype)
+    for p in block.parameters():
+        p.data = randn(*p.shape, dtype=dtype, scale=0.2)
+    block.attention.window, block.attention_norm.eps, block.ffn_norm.eps = window, 1e-2, 3e-2
+    cache = KVCache(config, *SIZE, dtype)
+    cache.k.copy_(randn(*cache.k.shape)), cache.v.copy_(randn(*cache.v.shape))
+    return block, (cache.k[0], cache.v[0])
+
+
+def rows_and_inputs(dtype=torch.float32, first=False, counts=(1, 4), width=48):
+    rows = CacheRows([0, 2], [5, 2], list(counts), SIZE)
+    x, residual = (randn(1, sum(counts), width, dtype=dtype) for _ in range(2))
+    return rows, (x, None if first else residual)
+
+
+def both(block, cache, inputs, rows):
+    """(outputs and cache of the operator, of the composition)."""
+    found = []
+    for run in (lambda kv: cached_block(block, *inputs, rows, kv),
+                lambda kv: composed(block)(*inputs, rows, kv)):
+        kv = tuple(t.clone() for t in cache)
+        with torch.no_grad():
+            found.append((*run(kv), *kv))
+    return found
+
+
+def composed(block):
+    """The block's forward, with a hook that keeps it from being one operator."""
+    def forward(*args):
+        hook = block.ffn_norm.register_forward_hook(lambda *_: None)
+        try:
+            return block(*args)
+        finally:
+            hook.remove()
+    return forward
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_every_instruction_set(isa, first, dtype):
+    block, cache = make(dtype)
+    rows, inputs = rows_and_inputs(dtype, first)
+    for got, expected in zip(*both(block, cache, inputs, rows)):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("options", [
+    {"window": 2}, {"interleaved": False}, {"n_kv_heads": 6}, {"n_kv_heads": 1, "head_dim": 10},
+    {"hidden_dim": 33}])
+def test_shapes_and_options(options):
+    block, cache = make(**options)
+    rows, inputs = rows_and_inputs()
+    for got, expected in zip(*both(block, cache, inputs, rows)):
+        assert torch.equal(got, expected)
+
+
+def test_norms_in_fp32():
+    block, cache = make(torch.bfloat16)
+    block.attention_norm.float(), block.ffn_norm.float()
+    rows, inputs = rows_and_inputs(torch.bfloat16)
+    for got, expected in zip(*both(block, cache, inputs, rows)):
+        assert torch.equal(got, expected)
+
+
+def test_when_it_is_used(monkeypatch):
+    calls = []
+
+    def spy(*args):
+        calls.append(1)
+        return cached_block(*args)
+    monkeypatch.setattr("llama_ext.model.cached_block", spy)
+    block, cache = make()
+    rows, inputs = rows_and_inputs()
+    with torch.no_grad():
+        expected = block(*inputs, rows, cache)
+        assert calls.pop()
+        assert all(map(torch.equal, composed(block)(*inputs, rows, cache), expected))
+        with torch.autocast("cpu", torch.bfloat16):
+            block(*inputs, rows, tuple(t.bfloat16() for t in cache))
+        many, longer = rows_and_inputs(counts=(2, 5))
+        assert block(*longer, many, cache)[0].shape[1] < FEW_ROWS and calls.pop()
+        block(randn(1, 4, 48), None, 0, tuple(t[:1] for t in cache))
+    wide = CacheRows([0, 1, 2], [0, 0, 0], [3, 3, 3], SIZE)
+    with torch.no_grad():
+        block(randn(1, 9, 48), None, wide, cache)
+    block(*inputs, rows, cache)
+    assert not calls
+
+
+def test_a_model_generates_through_it(monkeypatch):
+    config = lx.LlamaConfig(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=50,
+                            hidden_dim=80, max_seq_len=32)
+    model, prompts = lx.Llama(config), [[3, 4, 5], [7], [9, 9, 2, 1]]
+    with_it = generate(model, prompts, 10, seed=1)
+    monkeypatch.setattr("llama_ext.model.runs_as_one_operator", lambda *_: False)
+    assert generate(model, prompts, 10, seed=1) == with_it
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"x": randn(2, 1, 48)}, r"x: expected a CPU tensor of shape \(1, N, C\), got \(2, 1, 48\)"),
+    ({"slots": torch.tensor([1, 21])}, "slots: expected 0 to 20, got 21"),
+    ({"slots": torch.tensor([1])}, r"slots: expected int64 of shape \(2,\), got \(1,\)"),
+    ({"k_cache": randn(21, 2, 8).half()}, "k_cache: expected the dtype of x, float32, got float16"),
+    ({"k_cache": randn(2, 21, 8).transpose(0, 1)},
+     r"k_cache: expected a contiguous CPU tensor of shape \(S, Hkv, D\), got \(21, 2, 8\)"),
+    ({"weights": [randn(48)] * 8}, "weights: expected 9, got 8")])
+def test_bad_input_is_one_sentence(change, sentence):
+    block, cache = make()
+    rows, (x, residual) = rows_and_inputs(counts=(1, 1))
+    args = {"x": x, "residual": residual, "weights": [p.detach() for p in block_weights(block)],
+            "attention_eps": 1e-6, "ffn_eps": 1e-6, "head_dim": 8, "window": 0,
+            "interleaved": True, "cos": None, "sin": None, "k_cache": cache[0].flatten(0, 1),
+            "v_cache": cache[1].flatten(0, 1), "slots": rows.slots, "cu_q": rows.cu_seqlens[0],
+            "cu_k": rows.cu_seqlens[1]}
+    args["cos"], args["sin"] = rows.tables(block.attention.rotary, torch.float32)
+    with pytest.raises(RuntimeError, match=f"^block_cached: {sentence}$"):
+        torch.ops.llama_ext.block_cached(**args | change)
+
+
+def block_weights(block):
+    a, f = block.attention, block.feed_forward
+    return [block.attention_norm.weight, a.wq.weight, a.wk.weight, a.wv.weight, a.wo.weight,
+            block.ffn_norm.weight, f.w1.weight, f.w3.weight, f.w2.weight]
