@@ -238,24 +238,26 @@ def why_composed(block):
 
 
 def _why_its_parts_are_called(block):
+    modules = block._modules  # much faster than getattr
     for (parent, name), expected in _PARTS.items():
-        modules = block._modules
-        part = (modules[parent]._modules if parent else modules)[name]  # much faster than getattr
-        path = f"{parent}.{name}" if parent else name
-        if type(part) is not expected:
-            return f"{path} is a {type(part).__name__}, not a {expected.__name__}"
+        part = (modules[parent]._modules if parent else modules)[name]
         own = part.__dict__
-        if (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]):
-            return f"{path} has a hook"
-        if "forward" in own:
-            return f"{path} has a forward of its own"
         parameters = own["_parameters"]
-        if parameters.get("bias", own.get("bias")) is not None:
-            return f"{path} has a bias"
         weight = parameters.get("weight", own.get("weight"))
-        if type(weight) not in _PLAIN:
-            return f"{path}.weight is a {type(weight).__name__}"
+        if type(part) is not expected:
+            why = f" is a {type(part).__name__}, not a {expected.__name__}"
+        elif (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+              or own["_backward_pre_hooks"]):
+            why = " has a hook"
+        elif "forward" in own:
+            why = " has a forward of its own"
+        elif parameters.get("bias", own.get("bias")) is not None:
+            why = " has a bias"
+        elif type(weight) not in _PLAIN:
+            why = f".weight is a {type(weight).__name__}"
+        else:
+            continue
+        return (f"{parent}.{name}" if parent else name) + why
     return None
 
 
@@ -289,10 +291,12 @@ def fused_block(block, x, residual=None, start_pos=0):
 
 
 def _weights(block):
-    attention, feed_forward = block.attention, block.feed_forward
-    return _Weights(block.attention_norm.weight, attention.wq.weight, attention.wk.weight,
-                    attention.wv.weight, attention.wo.weight, block.ffn_norm.weight,
-                    feed_forward.w1.weight, feed_forward.w3.weight, feed_forward.w2.weight)
+    own = block._modules  # much faster than getattr
+    attention, feed_forward = own["attention"]._modules, own["feed_forward"]._modules
+    return _Weights(own["attention_norm"].weight, attention["wq"].weight, attention["wk"].weight,
+                    attention["wv"].weight, attention["wo"].weight, own["ffn_norm"].weight,
+                    feed_forward["w1"].weight, feed_forward["w3"].weight,
+                    feed_forward["w2"].weight)
 
 
 _block_cached = kernel("block_cached")
