@@ -159,7 +159,8 @@ class CacheRows:
     N = sum(counts) tokens come one row after another, without padding.
     Attributes, on `device`: positions, int64 (1, N); last, int64 (sum(last_counts),): the indices
     of the tokens whose logits are wanted; slots, int64 (N,): where among the cache's B * S
-    positions the tokens go; cu_seqlens, a pair of int32: offsets for attention. Raises ValueError when they do not fit into the cache.
+    positions the tokens go; cu_seqlens, a pair of int32: offsets for attention. Raises ValueError
+    when they do not fit into the cache.
     """
 
     def __init__(self, rows, starts, counts, size, last_counts=None, device=None):

@@ -122,7 +122,12 @@ def test_a_model_generates_through_it(monkeypatch):
     ({"slots": torch.tensor([1])}, r"slots: expected int64 of shape \(2,\), got \(1,\)"),
     ({"k_cache": randn(21, 2, 8).half()}, "k_cache: expected the dtype of x, float32, got float16"),
     ({"k_cache": randn(2, 21, 8).transpose(0, 1)},
-     r"k_cache: expected a contiguous CPU tensor of shape \(S, Hkv, D\), got \(21, 2, 8\)"),
+     r"k_cache: expected a contiguous CPU tensor of shape \(S, 2, 8\), got \(21, 2, 8\)"),
+    ({"v_cache": randn(21, 1, 8)},
+     r"v_cache: expected a contiguous CPU tensor of shape \(S, 2, 8\), got \(21, 1, 8\)"),
+    ({"head_dim": 0}, r"weights: expected heads of 0, got weights of queries \(48, 48\) and of "
+                      r"keys \(16, 48\)"),
+    ({"head_dim": 7}, r"weights: expected heads of 7, .*"),
     ({"weights": [randn(48)] * 8}, "weights: expected 9, got 8")])
 def test_bad_input_is_one_sentence(change, sentence):
     block, cache = make()

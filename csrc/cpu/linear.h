@@ -3,8 +3,8 @@
 //
 // Every output is a sum along K, in vectors, kTileRows rows of x by kColumns rows of w at a time.
 // Up to kTileRows rows of x, weights go from memory into registers once. With more, all rows of x
-// meet a block of rows of w that stays in L2; int8 is first widened there into scratch. (It is exact
-// in bf16 and fp32, so that nothing is rounded before the store.)
+// meet a block of rows of w that stays in L2; int8 is first widened there into scratch. (It is
+// exact in bf16 and fp32, so that nothing is rounded before the store.)
 #pragma once
 #include "tiles.h"
 
@@ -67,8 +67,8 @@ inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Vec<Acc<E>> a, Vec<Acc<E>> b) {
 // y (rows, columns), of rows N apart, for `rows` <= kRows rows of x and `columns` <= kColumns rows
 // of w. Where there are fewer, the last is computed again and not stored. scale null: all 1.
 template <int kRows, class T, class W>
-void linear_tile(T* y, int64_t N, const T* const* x, int64_t rows, const W* w,
-                      int64_t w_stride, int64_t columns, const float* scale, int64_t K) {
+void linear_tile(T* y, int64_t N, const T* const* x, int64_t rows, const W* w, int64_t w_stride,
+                 int64_t columns, const float* scale, int64_t K) {
   using E = Factor<T>;
   using A = Acc<T>;
   const T* x_row[kRows];

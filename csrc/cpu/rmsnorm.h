@@ -3,8 +3,8 @@
 // A row is read twice, the second time from cache, while memory brings the next one. The backward
 // takes four rows at a time, so that the weight is read once for the four, and from run to run of
 // columns, so that the weight and its gradient stay in the nearest cache while the results are
-// written in long pieces. The gradient of the weight is summed per part (a fixed share of the rows),
-// then over the parts in order.
+// written in long pieces. The gradient of the weight is summed per part (a fixed share of the
+// rows), then over the parts in order.
 #pragma once
 #include <cmath>
 

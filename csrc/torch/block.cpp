@@ -1,5 +1,5 @@
-// A transformer block for the newest tokens of rows of a cache: what TransformerBlock composes, with
-// no visit to Python in between, which for few tokens takes longer than a kernel. For the CPU.
+// A transformer block for the newest tokens of rows of a cache: what TransformerBlock composes,
+// without a visit to Python in between, which takes longer than a kernel for few tokens. CPU only.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -11,21 +11,30 @@ namespace {
 
 constexpr const char* kOp = "block_cached";
 
-// Row i of `from` (N, ...) to row slots[i] of `to` (S, ...), both contiguous.
-void write_rows(const char* arg, Tensor& to, const Tensor& from, const Tensor& slots) {
-  check(to.is_cpu() && to.is_contiguous() && to.dim() == 3, kOp, ": ", arg,
-        ": expected a contiguous CPU tensor of shape (S, Hkv, D), got ", shape_text(to));
-  check_same_dtype(kOp, arg, to, "x", from);
-  const int64_t n = from.numel() / (to.size(1) * to.size(2)), S = to.size(0);
-  check(slots.numel() == n && slots.scalar_type() == ScalarType::Long && slots.is_contiguous(), kOp,
-        ": slots: expected int64 of shape (", n, ",), got ", shape_text(slots));
+// What write_rows expects of a cache (S, Hkv, D) for N tokens of x.
+void check_cache(const char* arg, const Tensor& cache, const Tensor& slots, const Tensor& x,
+                 int64_t width, int64_t head_dim) {
+  const bool fits = cache.dim() == 3 && cache.size(2) == head_dim &&
+                    cache.size(1) * head_dim == width && cache.is_cpu() && cache.is_contiguous();
+  check(fits, kOp, ": ", arg, ": expected a contiguous CPU tensor of shape (S, ",
+        width / head_dim, ", ", head_dim, "), got ", shape_text(cache));
+  check_same_dtype(kOp, arg, cache, "x", x);
+  const int64_t N = x.size(1), S = cache.size(0);
+  check(slots.dim() == 1 && slots.size(0) == N && slots.scalar_type() == ScalarType::Long &&
+            slots.is_cpu() && slots.is_contiguous(),
+        kOp, ": slots: expected int64 of shape (", N, ",), got ", shape_text(slots));
   const auto* at = static_cast<const int64_t*>(slots.const_data_ptr());
-  const int64_t bytes = from.numel() / n * to.element_size();
-  for (int64_t i = 0; i < n; i++) {
+  for (int64_t i = 0; i < N; i++)
     check(at[i] >= 0 && at[i] < S, kOp, ": slots: expected 0 to ", S - 1, ", got ", at[i]);
+}
+
+// Row i of `from` (N, ...) to row slots[i] of `to` (S, ...), both contiguous.
+void write_rows(Tensor& to, const Tensor& from, const Tensor& slots) {
+  const auto* at = static_cast<const int64_t*>(slots.const_data_ptr());
+  const int64_t bytes = from.numel() / slots.numel() * to.element_size();
+  for (int64_t i = 0; i < slots.numel(); i++)
     std::memcpy(static_cast<char*>(to.mutable_data_ptr()) + at[i] * bytes,
-           static_cast<const char*>(from.const_data_ptr()) + i * bytes, bytes);
-  }
+                static_cast<const char*>(from.const_data_ptr()) + i * bytes, bytes);
 }
 
 }  // namespace
@@ -41,6 +50,14 @@ std::tuple<Tensor, Tensor> block_cached(Tensor x, std::optional<Tensor> residual
   const Tensor &attention_norm = weights[0], &wq = weights[1], &wk = weights[2], &wv = weights[3],
                &wo = weights[4], &ffn_norm = weights[5], &w1 = weights[6], &w3 = weights[7],
                &w2 = weights[8];
+  const auto whole_heads = [&](const Tensor& w) {
+    return head_dim > 0 && w.dim() == 2 && w.size(0) > 0 && w.size(0) % head_dim == 0;
+  };
+  check(whole_heads(wq) && whole_heads(wk), kOp, ": weights: expected heads of ", head_dim,
+        ", got weights of queries ", shape_text(wq), " and of keys ", shape_text(wk));
+  check_same_shape(kOp, "weights of values", wv, "weights of keys", wk);
+  check_cache("k_cache", k_cache, slots, x, wk.size(0), head_dim);
+  check_cache("v_cache", v_cache, slots, x, wk.size(0), head_dim);
   const int64_t N = x.size(1);
   const auto heads = [&](const Tensor& t) {
     return torch::stable::view(t, {1, N, t.size(2) / head_dim, head_dim});
@@ -54,8 +71,8 @@ std::tuple<Tensor, Tensor> block_cached(Tensor x, std::optional<Tensor> residual
     y = std::get<0>(rmsnorm_fwd(x, attention_norm, attention_eps));
   const std::vector<Tensor> qkv = linear_each(y, {wq, wk, wv});
   const auto [q, k] = rope_qk(heads(qkv[0]), heads(qkv[1]), cos, sin, interleaved, false);
-  write_rows("k_cache", k_cache, k, slots);
-  write_rows("v_cache", v_cache, qkv[2], slots);
+  write_rows(k_cache, k, slots);
+  write_rows(v_cache, qkv[2], slots);
   const Tensor o = std::get<0>(
       attention_fwd(torch::stable::view(q, {N, q.size(2), head_dim}), k_cache, v_cache,
                     std::pow(head_dim, -0.5), true, window, cu_q, cu_k));

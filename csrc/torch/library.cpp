@@ -39,8 +39,8 @@ STABLE_TORCH_LIBRARY(llama_ext, m) {
   m.def("linear(Tensor x, Tensor weight) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor");
 
-  // x (1, N, C): the newest tokens of rows of a cache, whose keys and values (S, Hkv, D) of all rows
-  // are written at slots (N). weights: as block.py has them.
+  // x (1, N, C): the newest tokens of rows of a cache, keys and values of all rows in one
+  // (S, Hkv, D), where theirs go to slots (N). weights: as block.py has them.
   m.def("block_cached(Tensor x, Tensor? residual, Tensor[] weights, float attention_eps,"
         " float ffn_eps, int head_dim, int window, bool interleaved, Tensor cos, Tensor sin,"
         " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor cu_q, Tensor cu_k)"
