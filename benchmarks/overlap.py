@@ -25,13 +25,16 @@ PROCESSES, BATCH = 2, 2
 KINDS = {"gloo:all_gather": "gather weights", "gloo:all_reduce": "reduce gradients"}
 
 
-def measure(config, steps=5):
-    """{prefetch: [step, ...]} of rank 0; a step is {"compute": intervals, "gather weights": ...,
-    "reduce gradients": ...}, sorted disjoint intervals (start, end) in ms."""
+def record(config, steps=5):
+    """{prefetch: [events of a step, ...]} of rank 0, the events as torch.profiler exports them."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_train, (folder, config.to_dict(), steps), PROCESSES)
-        return {prefetch: [_intervals(json.loads(Path(folder, f"{prefetch}{step}").read_bytes()))
-                           for step in range(steps)] for prefetch in (True, False)}
+
+        def events(path):
+            trace = json.loads(path.read_bytes())["traceEvents"]
+            return [event for event in trace if event.get("ph") == "X"]
+        return {prefetch: [events(Path(folder, f"{prefetch}{step}")) for step in range(steps)]
+                for prefetch in (True, False)}
 
 
 def _train(rank, folder, shape, steps):
@@ -55,9 +58,9 @@ def _train(rank, folder, shape, steps):
     dist.destroy_process_group()
 
 
-def _intervals(trace):
-    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-
+def intervals(events):
+    """{"compute": ..., "gather weights": ..., "reduce gradients": ...} of one step, each as sorted
+    disjoint intervals (start, end) in ms."""
     def of(wanted):
         return union([(event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3)
                       for event in events if wanted(event["name"])])
@@ -93,7 +96,7 @@ def share(steps, kinds=tuple(KINDS.values())):
 
 
 def duration(step):
-    points = [point for intervals in step.values() for interval in intervals for point in interval]
+    points = [point for kind in step.values() for interval in kind for point in interval]
     return max(points) - min(points)
 
 
@@ -104,9 +107,9 @@ def draw(path, results):
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     panels = figure.subplots(len(results), sharex=True)
     for axes, (prefetch, steps) in zip(panels, results.items()):
-        begin = min(intervals[0][0] for intervals in steps[0].values())
-        for row, (kind, intervals) in enumerate(reversed(steps[0].items())):
-            axes.broken_barh([(start - begin, end - start) for start, end in intervals],
+        begin = min(kind[0][0] for kind in steps[0].values())
+        for row, kind in enumerate(reversed(steps[0].values())):
+            axes.broken_barh([(start - begin, end - start) for start, end in kind],
                              (row - 0.4, 0.8), color=f"C{row}")
         axes.set_yticks(range(len(steps[0])), reversed(steps[0]))
         axes.set_title(f"prefetch {'on' if prefetch else 'off'}: {share(steps):.0%} of the "
@@ -119,7 +122,8 @@ def draw(path, results):
 
 def run(args):
     config = LlamaConfig(dim=512, n_layers=6, n_heads=8, vocab_size=2048, max_seq_len=256)
-    results = measure(config)
+    results = {prefetch: [intervals(events) for events in steps]
+               for prefetch, steps in record(config).items()}
     print(f"training steps of {PROCESSES} processes (gloo, FSDP, one thread each), {BATCH} x "
           f"{config.max_seq_len} tokens, torch {torch.__version__}; share of the communication's "
           "time during which the main thread computes")
