@@ -50,7 +50,7 @@ def work(tmp_path_factory):
     done = call("train", "--data", work / "data", "--run", work / "run", *SHAPE, "--steps=60")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"step 50/60: loss \d\.\d+, grad norm \d\.\d+, [\d,]+ tokens/s, MFU \d+%, "
-                     r"lr \d\.\d\de-04, 0\.\d\d GB, 00:0\d left", done.stdout)
+                     r"lr \d\.\d\de-04, 0\.\d\d GB, 00:\d\d left", done.stdout)
     assert re.search(r"this model +\d\.\d{3}\n +xz -9 +\d\.\d{3}\n +gzip -9 +\d\.\d{3}\n",
                      done.stdout)
     return work
