@@ -29,7 +29,8 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = AVX2 + ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 ISAS = {"plain": []}
 if os.uname().machine == "x86_64":
-    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 + ["-mavx512bf16"]}
+    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 + ["-mavx512bf16"],
+             "amx": AVX512 + ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
          "-Wno-missing-field-initializers", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 

@@ -10,65 +10,66 @@
 
 LX_NAMESPACE_BEGIN
 
-constexpr int64_t kSpan = 256;  // keys for which a strip of queries is laid out once
+constexpr int64_t kQueries = 64;  // of a strip
 
 template <class E> struct BackwardScratch {
   using A = Acc<E>;
   int64_t lines_ld, width;                // units of a line of D; D in whole vectors
   A *keys, *values, *key_pairs, *keys_t;  // per block: lines, lines, pairs, transposed pairs
   A *dk, *dv;                             // per block (kBlock, width)
-  A *queries, *douts;                     // (D units, kStrip) transposed lines
-  A *query_pairs, *dout_pairs;            // (kStrip units, width)
-  A *lse, *delta;                         // (kStrip)
-  A *scores, *dweights;                   // (kBlock, kStrip)
-  A *weight_lines, *ds_lines, *ds_pairs;  // (kBlock, kStrip units), (kBlock units, kStrip)
-  A *rows;                                // (kStrip, D)
-  A *dq;                                  // per head and strip (width, kStrip)
+  A *queries, *douts;                     // (D units, kQueries) transposed lines
+  A *query_pairs, *dout_pairs;            // (kQueries units, width)
+  A *lse, *delta;                         // (kQueries)
+  A *scores, *dweights;                   // (kBlock, kQueries)
+  A *weight_lines, *ds_lines, *ds_pairs;  // (kBlock, kQueries units), (kBlock units, kQueries)
+  A *rows;                                // (kQueries, D)
+  A *dq;                                  // per head and strip (width, kQueries)
   int64_t bytes;
 
   BackwardScratch(char* memory, int64_t D, int64_t heads, int64_t strips) {
     Cutter cut(memory);
-    constexpr int64_t kBlocks = kSpan / kBlock, kTile = kBlock * kStrip;
-    lines_ld = round_up((D + kUnit<E> - 1) / kUnit<E>, kPad<A>);
-    width = round_up(D, kPad<A>);
+    constexpr int64_t kBlocks = kSpan / kBlock, kTile = kBlock * kQueries;
+    lines_ld = round_up((D + kUnit<E> - 1) / kUnit<E>, kPad<E>);
+    width = round_up(D, kPad<E>);
     keys = cut.template array<A>(kBlocks * kBlock * lines_ld);
     values = cut.template array<A>(kBlocks * kBlock * lines_ld);
     key_pairs = cut.template array<A>(kBlock / kUnit<E> * width);
     keys_t = cut.template array<A>(kBlocks * kBlock / kUnit<E> * width);
     dk = cut.template array<A>(kBlocks * kBlock * width);
     dv = cut.template array<A>(kBlocks * kBlock * width);
-    queries = cut.template array<A>(lines_ld * kStrip);
-    douts = cut.template array<A>(lines_ld * kStrip);
-    query_pairs = cut.template array<A>(kStrip / kUnit<E> * width);
-    dout_pairs = cut.template array<A>(kStrip / kUnit<E> * width);
-    lse = cut.template array<A>(kStrip);
-    delta = cut.template array<A>(kStrip);
+    queries = cut.template array<A>(lines_ld * kQueries);
+    douts = cut.template array<A>(lines_ld * kQueries);
+    query_pairs = cut.template array<A>(kQueries / kUnit<E> * width);
+    dout_pairs = cut.template array<A>(kQueries / kUnit<E> * width);
+    lse = cut.template array<A>(kQueries);
+    delta = cut.template array<A>(kQueries);
     scores = cut.template array<A>(kTile);
     dweights = cut.template array<A>(kTile);
     weight_lines = kUnit<E> == 1 ? scores : cut.template array<A>(kTile / kUnit<E>);
     ds_lines = kUnit<E> == 1 ? dweights : cut.template array<A>(kTile / kUnit<E>);
     ds_pairs = kUnit<E> == 1 ? dweights : cut.template array<A>(kTile / kUnit<E>);
-    rows = cut.template array<A>(kStrip * most(width, lines_ld));
-    dq = cut.template array<A>(heads * strips * width * kStrip);
+    rows = cut.template array<A>(kQueries * most(width, lines_ld));
+    dq = cut.template array<A>(heads * strips * width * kQueries);
     bytes = cut.used();
   }
 };
 
-// weights = exp(scores - lse) and ds = weights * (dweights - delta), as operands. Both are 0 where
-// the score is -inf, as it is where a key is not seen, even if lse, dweights or delta are NaN.
-template <class E> void weights_and_ds(const BackwardScratch<E>& w) {
+// weights = base^(factor * scores - lse) and ds = weights * (dweights - delta), as operands; lse in
+// powers of the base. Both are 0 where the score is -inf, as it is where a key is not seen, even if
+// lse, dweights or delta are NaN.
+template <class E> void weights_and_ds(const BackwardScratch<E>& w, Acc<E> factor) {
   using A = Acc<E>;
   constexpr int kU = kUnit<E>;
-  constexpr int64_t kLane = kLanes<A>, kLine = kStrip / kU;
+  constexpr int64_t kLane = kLanes<A>, kLine = kQueries / kU;
   const Vec<A> hidden = splat(-std::numeric_limits<A>::infinity()), zero{};
   for (int64_t n = 0; n < kBlock; n += kU)
-    for (int64_t r = 0; r < kStrip; r += kU * kLane) {
+    for (int64_t r = 0; r < kQueries; r += kU * kLane) {
       Vec<A> p[kU][kU], ds[kU][kU];  // kU keys, kU vectors of queries
       for (int i = 0; i < kU; i++)
         for (int v = 0; v < kU; v++) {
-          const int64_t column = r + v * kLane, at = (n + i) * kStrip + column;
+          const int64_t column = r + v * kLane, at = (n + i) * kQueries + column;
           const Vec<A> score = load(w.scores + at);
-          const Vec<A> weight = exp_negative(score - load(w.lse + column));
+          const Vec<A> weight = weight_of<E>(score, factor, load(w.lse + column));
           const Vec<A> dscore = weight * (load(w.dweights + at) - load(w.delta + column));
           p[i][v] = score == hidden ? zero : weight;
           ds[i][v] = score == hidden ? zero : dscore;
@@ -79,40 +80,43 @@ template <class E> void weights_and_ds(const BackwardScratch<E>& w) {
       }
       if constexpr (kU > 1)
         for (int v = 0; v < kU; v++)
-          store(w.ds_pairs + n / kU * kStrip + r + v * kLane, unit<E>(ds[0][v], ds[1][v]));
+          store(w.ds_pairs + n / kU * kQueries + r + v * kLane, unit<E>(ds[0][v], ds[1][v]));
     }
 }
 
 // The tile of block `block` (of the span; keys from j0 on) and the strip of queries from i0 on.
 template <class E>
 void backward_tile(const BackwardScratch<E>& w, int block, Acc<E>* dq, const Sequence& s,
-                   int64_t j0, int64_t i0, int64_t rows, int64_t D, Acc<E> scale) {
+                   int64_t j0, int64_t i0, int64_t rows, int64_t D, Scale<E> scale) {
   using A = Acc<E>;
   constexpr int kU = kUnit<E>;
   const int64_t units = (D + kU - 1) / kU;
   const A* keys = w.keys + block * kBlock * w.lines_ld;
   const A* values = w.values + block * kBlock * w.lines_ld;
-  scores_of<E>(w.scores, keys, w.queries, w.lines_ld, units, scale, s, j0, i0, rows);
-  memset(w.dweights, 0, kBlock * kStrip * sizeof(A));
-  for (int64_t n = 0; n < kBlock; n += kTileRows) {
-    const Seen seen = seen_by<A>(s, j0 + n, i0, rows);
-    product<E>(w.dweights + n * kStrip, kStrip, values + n * w.lines_ld, w.lines_ld, w.douts,
-               kStrip, seen.begin, seen.end, units, 1);
+  scores_of<E, kQueries>(w.scores, keys, w.queries, w.lines_ld, units, scale.negative, s, j0,
+               i0, rows);
+  memset(w.dweights, 0, kBlock * kQueries * sizeof(A));
+  for (int64_t n = 0; n < kBlock; n += kTileRows<E>) {
+    const Seen seen = seen_by<E>(s, j0 + n, i0, rows);
+    product<false, E>(w.dweights + n * kQueries, kQueries, values + n * w.lines_ld, w.lines_ld,
+                      w.douts, kQueries, seen.begin, seen.end, units);
   }
-  weights_and_ds(w);
+  weights_and_ds(w, scale.factor);
   const int vecs = w.width / kLanes<A>;
-  for (int64_t n = 0; n < kBlock; n += kTileRows) {
-    const Seen seen = seen_by<A>(s, j0 + n, i0, rows);
+  for (int64_t n = 0; n < kBlock; n += kTileRows<E>) {
+    const Seen seen = seen_by<E>(s, j0 + n, i0, rows);
     const int64_t first = seen.begin * kLanes<A> / kU;  // queries, in units
     const int64_t count = (seen.end - seen.begin) * kLanes<A> / kU;
-    const int64_t at = (block * kBlock + n) * w.width, line = n * (kStrip / kU) + first;
-    accumulate<E>(w.dv + at, w.width, w.weight_lines + line, kStrip / kU,
-                  w.dout_pairs + first * w.width, w.width, 0, vecs, count);
-    accumulate<E>(w.dk + at, w.width, w.ds_lines + line, kStrip / kU,
-                  w.query_pairs + first * w.width, w.width, 0, vecs, count);
+    const int64_t at = (block * kBlock + n) * w.width, line = n * (kQueries / kU) + first;
+    product<true, E>(w.dv + at, w.width, w.weight_lines + line, kQueries / kU,
+                     w.dout_pairs + first * w.width, w.width, 0, vecs, count);
+    product<true, E>(w.dk + at, w.width, w.ds_lines + line, kQueries / kU,
+                     w.query_pairs + first * w.width, w.width, 0, vecs, count);
   }
-  accumulate_over_keys<E>(dq, w.keys_t + block * (kBlock / kU) * w.width, w.ds_pairs, nullptr, s,
-                          j0, i0, rows, D);
+  for_each_query_group<E>(s, j0, i0, rows, [&](int begin, int end, int64_t n) {
+    accumulate_over_keys<E, kQueries>(dq, w.keys_t + block * (kBlock / kU) * w.width, w.ds_pairs,
+                                      begin, end, n, D);
+  });
 }
 
 // Lays out the n keys and values from j0 on as block `block`.
@@ -130,9 +134,9 @@ void lay_out_keys(const BackwardScratch<E>& w, int block, const T* k, int64_t k_
 template <class T, class E>
 void lay_out_queries(const BackwardScratch<E>& w, Acc<E>* lines_t, Acc<E>* pair_rows, const T* x,
                      int64_t stride, int64_t n, int64_t D) {
-  lines<E>(w.rows, w.lines_ld, kStrip, x, stride, n, D);
-  transpose(lines_t, kStrip, w.rows, w.lines_ld, kStrip, w.lines_ld);
-  pairs<E>(pair_rows, w.width, kStrip, x, stride, n, D);
+  lines<E>(w.rows, w.lines_ld, kQueries, x, stride, n, D);
+  transpose(lines_t, kQueries, w.rows, w.lines_ld, kQueries, w.lines_ld);
+  pairs<E>(pair_rows, w.width, kQueries, x, stride, n, D);
 }
 
 struct BackwardTensors {
@@ -146,14 +150,14 @@ template <class T, class E>
 void backward_head(const BackwardTensors& g, const Attention& a, const Sequence& s, int64_t kv,
                    const BackwardScratch<E>& w) {
   using A = Acc<E>;
-  const int64_t D = a.D, heads = a.H / a.Hkv, strips = (s.T + kStrip - 1) / kStrip;
+  const int64_t D = a.D, heads = a.H / a.Hkv, strips = (s.T + kQueries - 1) / kQueries;
   const int64_t q_stride = a.q_stride[1], dout_stride = g.dout_stride[1];
   const T* k = static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2];
   const T* v = static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2];
   const int64_t dout_at = a.cu_q ? s.q_row * dout_stride : s.q_row / a.T * g.dout_stride[0];
   const A* lse = static_cast<const A*>(g.lse) + s.lse_at;
   const A* delta = static_cast<const A*>(g.delta) + s.lse_at;
-  memset(w.dq, 0, heads * strips * w.width * kStrip * sizeof(A));
+  memset(w.dq, 0, heads * strips * w.width * kQueries * sizeof(A));
   for (int64_t span = 0; span < s.S; span += kSpan) {
     const int64_t span_end = least(span + kSpan, s.S);
     const int blocks = (span_end - span + kBlock - 1) / kBlock;
@@ -169,22 +173,23 @@ void backward_head(const BackwardTensors& g, const Attention& a, const Sequence&
       const T* q = static_cast<const T*>(a.q) + s.q_at + head * a.q_stride[2];
       const T* dout = static_cast<const T*>(g.dout) + dout_at + head * g.dout_stride[2];
       const int64_t last = s.end_query(span_end - 1);
-      for (int64_t i0 = s.first_query(span) / kStrip * kStrip; i0 < last; i0 += kStrip) {
-        const int64_t rows = least(kStrip, s.T - i0);
+      for (int64_t i0 = s.first_query(span) / kQueries * kQueries; i0 < last; i0 += kQueries) {
+        const int64_t rows = least(kQueries, s.T - i0);
         lay_out_queries<T, E>(w, w.queries, w.query_pairs, q + i0 * q_stride, q_stride, rows, D);
         lay_out_queries<T, E>(w, w.douts, w.dout_pairs, dout + i0 * dout_stride, dout_stride, rows,
                               D);
-        for (int64_t r = 0; r < kStrip; r++) {
+        for (int64_t r = 0; r < kQueries; r++) {
           const A row_lse = r < rows ? lse[head * s.lse_stride + i0 + r] : 0;
           const bool sees = row_lse != -std::numeric_limits<A>::infinity();
-          w.lse[r] = sees ? row_lse : 0;  // of a query that sees nothing: scores -inf
+          // Of a query that sees nothing the scores are -inf.
+          w.lse[r] = sees ? static_cast<A>(row_lse / kLnOfBase<E>) : 0;
           w.delta[r] = r < rows ? delta[head * s.lse_stride + i0 + r] : 0;
         }
         for (int block = 0; block < blocks; block++) {
           const int64_t j0 = span + block * kBlock;
           if (s.first_key(i0) < j0 + kBlock && s.end_key(i0 + rows - 1) > j0)
-            backward_tile<E>(w, block, w.dq + (h * strips + i0 / kStrip) * w.width * kStrip, s, j0,
-                             i0, rows, D, static_cast<A>(a.scale));
+            backward_tile<E>(w, block, w.dq + (h * strips + i0 / kQueries) * w.width * kQueries, s,
+                             j0, i0, rows, D, Scale<E>(a.scale));
         }
       }
     }
@@ -198,10 +203,10 @@ void backward_head(const BackwardTensors& g, const Attention& a, const Sequence&
     }
   }
   for (int64_t h = 0; h < heads; h++)
-    for (int64_t i0 = 0; i0 < s.T; i0 += kStrip) {
-      transpose(w.rows, w.width, w.dq + (h * strips + i0 / kStrip) * w.width * kStrip, kStrip,
-                w.width, kStrip);
-      for (int64_t r = 0; r < least(kStrip, s.T - i0); r++) {
+    for (int64_t i0 = 0; i0 < s.T; i0 += kQueries) {
+      transpose(w.rows, w.width, w.dq + (h * strips + i0 / kQueries) * w.width * kQueries, kQueries,
+                w.width, kQueries);
+      for (int64_t r = 0; r < least(kQueries, s.T - i0); r++) {
         T* row = static_cast<T*>(g.dq) + ((s.q_row + i0 + r) * a.H + kv * heads + h) * D;
         for_each_vec<A>(D, [&](int64_t d, auto n) {
           store(row + d, load(w.rows + r * w.width + d, n) * static_cast<A>(a.scale), n);
@@ -240,7 +245,7 @@ Status attention_bwd(void* dq, void* dk, void* dv, void* delta, const void* dout
     using T = decltype(t);
     using E = Factor<T>;
     using A = Acc<T>;
-    const int64_t strips = (longest(a) + kStrip - 1) / kStrip;
+    const int64_t strips = (longest(a) + kQueries - 1) / kQueries;
     const int64_t bytes = BackwardScratch<E>(nullptr, a.D, a.H / a.Hkv, strips).bytes;
     const Scratch scratch(bytes * num_threads(stream));
     if (!scratch.begin()) return kOutOfMemory;
@@ -248,6 +253,7 @@ Status attention_bwd(void* dq, void* dk, void* dv, void* delta, const void* dout
                     static_cast<const T*>(o), static_cast<const A*>(dlse), a, stream);
     const BackwardTensors g = {dq, dk, dv, delta, dout, dout_stride, lse};
     parallel_items(stream, a.B * a.Hkv, [&](int64_t item, int64_t thread) {
+      [[maybe_unused]] const TileState<E> tiles;
       const BackwardScratch<E> w(scratch.begin() + thread * bytes, a.D, a.H / a.Hkv, strips);
       backward_head<T, E>(g, a, Sequence(a, item / a.Hkv), item % a.Hkv, w);
     });

@@ -2,112 +2,132 @@
 //
 // Everything is transposed, queries along the vectors: scores (keys, queries), out (D, queries). So
 // the softmax is elementwise over the rows of a tile, and no sum runs across lanes. An item of work
-// is kChunk queries of one head; each block of keys is laid out once for all its strips. A block
-// that no query of a strip sees is skipped, of the others nearly the seen part is computed.
+// is a chunk of queries of one head. It takes kSpan keys at a time, laid out once for all its strips;
+// each strip takes them in block by block, while its sums are at hand. A block that no query of a
+// strip sees is skipped, of the others nearly the seen part is computed.
 #pragma once
 #include "attention.h"
 
 LX_NAMESPACE_BEGIN
 
-constexpr int64_t kChunk = 256;    // queries for which a block of keys is laid out once
+template <class E> constexpr int64_t kForwardStrip = kAmx<E> ? 32 : 64;
+constexpr int64_t kMostChunk = 1024, kLeastChunk = 256;
 constexpr int64_t kFewQueries = 2;  // up to so many are worked on one by one
 
 template <class E> struct ForwardScratch {
+  static constexpr int64_t kStrip = kForwardStrip<E>;
   using A = Acc<E>;
   int64_t lines_ld, out_rows;
-  A *keys, *value_pairs, *values;  // (kBlock, D), (kBlock, D) and (D, kBlock) units
-  A *scores, *weights;             // (kBlock, kStrip); weights (kBlock units, kStrip) of softmax
+  A *keys, *values;                // per block: (kBlock, D units), (D, kBlock units)
+  A *value_pairs;                  // (kBlock units, D)
+  A* scores;                       // (kBlock, kStrip); of softmax, (kBlock units, kStrip)
   A *queries, *out, *top, *sum;    // per strip: (D units, kStrip), (D, kStrip), (kStrip) twice
-  A *decay, *rows;                 // (kStrip); (kStrip, D)
+  A* rows;                         // (kStrip, D)
   int64_t bytes;
 
-  ForwardScratch(char* memory, int64_t D) {
+  ForwardScratch(char* memory, int64_t D, int64_t chunk) {
     Cutter cut(memory);
-    constexpr int64_t kStrips = kChunk / kStrip;
-    lines_ld = round_up((D + kUnit<E> - 1) / kUnit<E>, kPad<A>);
-    out_rows = round_up(D, kPad<A>);
-    keys = cut.template array<A>(kBlock * lines_ld);
+    const int64_t strips = chunk / kStrip;
+    lines_ld = round_up((D + kUnit<E> - 1) / kUnit<E>, kPad<E>);
+    out_rows = round_up(D, kPad<E>);
+    keys = cut.template array<A>(kSpan * lines_ld);
+    values = cut.template array<A>(kSpan / kUnit<E> * out_rows);
     value_pairs = cut.template array<A>(kBlock / kUnit<E> * out_rows);
-    values = cut.template array<A>(kBlock / kUnit<E> * out_rows);
     scores = cut.template array<A>(kBlock * kStrip);
-    weights = kUnit<E> == 1 ? scores : cut.template array<A>(kBlock / kUnit<E> * kStrip);
-    queries = cut.template array<A>(kStrips * lines_ld * kStrip);
-    out = cut.template array<A>(kStrips * out_rows * kStrip);
-    top = cut.template array<A>(kStrips * kStrip);
-    sum = cut.template array<A>(kStrips * kStrip);
-    decay = cut.template array<A>(kStrip);
+    queries = cut.template array<A>(strips * lines_ld * kStrip);
+    out = cut.template array<A>(strips * out_rows * kStrip);
+    top = cut.template array<A>(strips * kStrip);
+    sum = cut.template array<A>(strips * kStrip);
     rows = cut.template array<A>(kStrip * most(out_rows, lines_ld));
     bytes = cut.used();
   }
 };
 
-// weights = exp(scores - top) and their sum, for one vector of queries, after top has risen to the
-// block's largest score; decay = exp(old top - new top), by which earlier sums shrink.
+// How far above top a score may lie, in powers of the base, before it becomes the top and the sums so
+// far are scaled down: few blocks after the first have one.
+constexpr int kRise = 8;
+
+// Puts weights, in units, in place of the scores (keys, kStrip) of n keys for one vector of queries,
+// and adds them to sum. The sums so far are sum and the columns out (D, kStrip).
 template <class E>
-void softmax_step(Acc<E>* weights, Acc<E>* decay, Acc<E>* top, Acc<E>* sum, const Acc<E>* scores) {
+void softmax_step(Acc<E>* scores, Acc<E>* top, Acc<E>* sum, Acc<E>* out, int64_t D, int64_t n,
+                  Acc<E> factor) {
   using A = Acc<E>;
+  constexpr int64_t kStrip = kForwardStrip<E>;
   const Vec<A> none = splat(-std::numeric_limits<A>::infinity()), before = load(top);
-  Vec<A> tops[2] = {before, load(scores)};
-  for (int64_t n = 1; n < kBlock; n++) {
-    const Vec<A> s = load(scores + n * kStrip);
-    tops[n & 1] = tops[n & 1] > s ? tops[n & 1] : s;
+  Vec<A> largest[4] = {none, none, none, none};
+  for (int64_t j = 0; j < n; j += 4)  // n is a multiple of kKeyGroup
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const Vec<A> s = load(scores + (j + i) * kStrip);
+      largest[i] = largest[i] > s ? largest[i] : s;
+    }
+  for (int i : {1, 2, 3}) largest[0] = largest[0] > largest[i] ? largest[0] : largest[i];
+  const Vec<A> after = largest[0] * factor;
+  const auto rises = after > before + kRise;
+  const Vec<A> now = rises ? after : before, shift = now == none ? Vec<A>{} : now;
+  if (any(rises)) {
+    store(top, now);
+    if (any(rises & (before != none))) {
+      const Vec<A> decay = weight_of<E>(before, 1, shift);
+      store(sum, load(sum) * decay);
+      for (int64_t d = 0; d < D; d++) store(out + d * kStrip, load(out + d * kStrip) * decay);
+    }
   }
-  const Vec<A> after = tops[0] > tops[1] ? tops[0] : tops[1];
-  const Vec<A> shift = after == none ? Vec<A>{} : after;
   Vec<A> sums[2] = {};
-  for (int64_t n = 0; n < kBlock; n += 2) {
-    const Vec<A> a = exp_negative(load(scores + n * kStrip) - shift);
-    const Vec<A> b = exp_negative(load(scores + (n + 1) * kStrip) - shift);
+  for (int64_t j = 0; j < n; j += 2) {
+    const Vec<A> a = weight_of<E>(load(scores + j * kStrip), factor, shift);
+    const Vec<A> b = weight_of<E>(load(scores + (j + 1) * kStrip), factor, shift);
     sums[0] += a;
     sums[1] += b;
     if constexpr (kUnit<E> == 2) {
-      store(weights + n / 2 * kStrip, unit<E>(a, b));
+      store(scores + j / 2 * kStrip, unit<E>(a, b));
     } else {
-      store(weights + n * kStrip, a);
-      store(weights + (n + 1) * kStrip, b);
+      store(scores + j * kStrip, a);
+      store(scores + (j + 1) * kStrip, b);
     }
   }
-  const Vec<A> factor = exp_negative(before - shift);
-  store(top, after);
-  store(decay, factor);
-  store(sum, load(sum) * factor + (sums[0] + sums[1]));
+  store(sum, load(sum) + (sums[0] + sums[1]));
 }
 
-// What the sums over the keys are divided by, as its inverse, and lse, for a query whose largest
-// score is top and whose weights add up to sum. One that sees no key gives zeros; one that sees only
+// What the sums over the keys are divided by, as its inverse, and lse, for a query whose weights,
+// exp(score - top), add up to sum. One that sees no key gives zeros; one that sees only
 // scores of -inf gives NaN, as softmax does; a score of inf gives an lse of inf.
 template <class A> A inverse_of(A sum, bool sees) {
   if (sum == 0) return sees ? std::numeric_limits<A>::quiet_NaN() : 0;
   return 1 / sum;
 }
-template <class A> A lse_of(A top, A sum) {
+template <class A> A lse_of(double top, A sum) {
   constexpr A kInf = std::numeric_limits<A>::infinity();
   if (sum == 0) return -kInf;
   if (top == kInf) return kInf;
   return static_cast<A>(top + std::log(double(sum)));
 }
 
-// One strip, queries [i0, i0 + rows), takes in the block of keys from j0 on.
+// One strip, queries [i0, i0 + rows), takes in block `block` of the span, the keys from j0 on.
 template <class E>
-void forward_block(const ForwardScratch<E>& w, int strip, const Sequence& s, int64_t i0,
-                   int64_t rows, int64_t j0, int64_t D, Acc<E> scale) {
+void forward_tile(const ForwardScratch<E>& w, int strip, int block, const Sequence& s, int64_t i0,
+                  int64_t rows, int64_t j0, int64_t D, Scale<E> scale) {
   using A = Acc<E>;
-  constexpr int64_t kLane = kLanes<A>;
+  constexpr int64_t kStrip = kForwardStrip<E>;
+  const A* keys = w.keys + block * kBlock * w.lines_ld;
+  const A* values = w.values + block * (kBlock / kUnit<E>) * w.out_rows;
   A *top = w.top + strip * kStrip, *sum = w.sum + strip * kStrip;
   A* out = w.out + strip * w.out_rows * kStrip;
-  scores_of<E>(w.scores, w.keys, w.queries + strip * w.lines_ld * kStrip, w.lines_ld,
-               (D + kUnit<E> - 1) / kUnit<E>, scale, s, j0, i0, rows);
-  const int vecs = (rows + kLane - 1) / kLane;
-  for (int v = 0; v < vecs; v++)
-    softmax_step<E>(w.weights + v * kLane, w.decay + v * kLane, top + v * kLane, sum + v * kLane,
-                    w.scores + v * kLane);
-  accumulate_over_keys<E>(out, w.values, w.weights, w.decay, s, j0, i0, rows, D);
+  scores_of<E, kStrip>(w.scores, keys, w.queries + strip * w.lines_ld * kStrip, w.lines_ld,
+               (D + kUnit<E> - 1) / kUnit<E>, scale.negative, s, j0, i0, rows);
+  for_each_query_group<E>(s, j0, i0, rows, [&](int begin, int end, int64_t n) {
+    for (int64_t r = begin * kLanes<A>; r < end * kLanes<A>; r += kLanes<A>)
+      softmax_step<E>(w.scores + r, top + r, sum + r, out + r, D, n, scale.factor);
+    accumulate_over_keys<E, kStrip>(out, values, w.scores, begin, end, n, D);
+  });
 }
 
 template <class T, class E>
 void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int64_t h,
                    int64_t begin, int64_t end, const ForwardScratch<E>& w) {
   using A = Acc<E>;
+  constexpr int64_t kStrip = kForwardStrip<E>;
   const int64_t D = a.D, stride = a.q_stride[1];
   const int64_t kv = h / (a.H / a.Hkv);
   const T* q = static_cast<const T*>(a.q) + s.q_at + h * a.q_stride[2];
@@ -126,16 +146,25 @@ void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
     w.sum[r] = 0;
   }
   const int64_t keys_end = s.end_key(end - 1);
-  for (int64_t j0 = s.first_key(begin) / kBlock * kBlock; j0 < keys_end; j0 += kBlock) {
-    const int64_t n = least(kBlock, s.S - j0);
-    lines<E>(w.keys, w.lines_ld, kBlock, k + j0 * a.k_stride[1], a.k_stride[1], n, D);
-    pairs<E>(w.value_pairs, w.out_rows, kBlock, v + j0 * a.v_stride[1], a.v_stride[1], n, D);
-    transpose(w.values, kBlock / kUnit<E>, w.value_pairs, w.out_rows, kBlock / kUnit<E>,
-              w.out_rows);
+  constexpr int64_t kUnits = kBlock / kUnit<E>;
+  for (int64_t span = s.first_key(begin) / kBlock * kBlock; span < keys_end; span += kSpan) {
+    const int blocks = (least(kSpan, keys_end - span) + kBlock - 1) / kBlock;
+    for (int block = 0; block < blocks; block++) {
+      const int64_t j0 = span + block * kBlock, n = least(kBlock, s.S - j0);
+      lines<E>(w.keys + block * kBlock * w.lines_ld, w.lines_ld, kBlock, k + j0 * a.k_stride[1],
+               a.k_stride[1], n, D);
+      pairs<E>(w.value_pairs, w.out_rows, kBlock, v + j0 * a.v_stride[1], a.v_stride[1], n, D);
+      transpose(w.values + block * kUnits * w.out_rows, kUnits, w.value_pairs, w.out_rows, kUnits,
+                w.out_rows);
+    }
     for (int strip = 0; strip < strips; strip++) {
       const int64_t i0 = begin + strip * kStrip, rows = least(kStrip, end - i0);
-      if (s.first_key(i0) < j0 + kBlock && s.end_key(i0 + rows - 1) > j0)
-        forward_block<E>(w, strip, s, i0, rows, j0, D, static_cast<A>(a.scale));
+      const int64_t first = s.first_key(i0), last = s.end_key(i0 + rows - 1);
+      for (int block = 0; block < blocks; block++) {
+        const int64_t j0 = span + block * kBlock;
+        if (first < j0 + kBlock && last > j0)
+          forward_tile<E>(w, strip, block, s, i0, rows, j0, D, Scale<E>(a.scale));
+      }
     }
   }
   for (int strip = 0; strip < strips; strip++) {
@@ -148,7 +177,7 @@ void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
       for_each_vec<A>(D, [&](int64_t d, auto n) {
         store(row + d, load(w.rows + r * w.out_rows + d, n) * inverse, n);
       });
-      lse[s.lse_at + h * s.lse_stride + i0 + r] = lse_of(top[r], sum[r]);
+      lse[s.lse_at + h * s.lse_stride + i0 + r] = lse_of(top[r] * kLnOfBase<E>, sum[r]);
     }
   }
 }
@@ -205,6 +234,13 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
   lse[s.lse_at + h * s.lse_stride + i] = lse_of(top, total);
 }
 
+// Queries for which a span of keys is laid out once: many, but enough chunks to share out.
+inline int64_t chunk_of(const Attention& a, int64_t threads) {
+  int64_t chunk = kMostChunk;
+  while (chunk > kLeastChunk && a.B * a.H * (longest(a) / chunk) < 4 * threads) chunk /= 2;
+  return chunk;
+}
+
 // Keys are not split.
 int64_t attention_fwd_parts(const Attention*) { return 1; }
 
@@ -213,16 +249,18 @@ Status attention_fwd(void* o, void* lse, void*, const Attention* attention, Stre
   return dispatch(a.dtype, [&](auto t) {
     using T = decltype(t);
     using E = Factor<T>;
-    const int64_t chunks = (longest(a) + kChunk - 1) / kChunk, items = a.B * a.H * chunks;
-    const int64_t bytes = ForwardScratch<E>(nullptr, a.D).bytes;
+    const int64_t size = chunk_of(a, num_threads(stream));
+    const int64_t chunks = (longest(a) + size - 1) / size, items = a.B * a.H * chunks;
+    const int64_t bytes = ForwardScratch<E>(nullptr, a.D, size).bytes;
     const Scratch scratch(bytes * num_threads(stream));
     if (!scratch.begin()) return kOutOfMemory;
     parallel_items(stream, items, [&](int64_t item, int64_t thread) {
       const int64_t chunk = chunks - 1 - item / (a.B * a.H);  // the longest first
       const int64_t b = item / a.H % a.B, h = item % a.H;
       const Sequence s(a, b);
-      const ForwardScratch<E> w(scratch.begin() + thread * bytes, a.D);
-      const int64_t begin = chunk * kChunk, end = least(begin + kChunk, s.T);
+      [[maybe_unused]] const TileState<E> tiles;
+      const ForwardScratch<E> w(scratch.begin() + thread * bytes, a.D, size);
+      const int64_t begin = chunk * size, end = least(begin + size, s.T);
       if (end - begin > kFewQueries)
         forward_chunk<T, E>(static_cast<T*>(o), static_cast<Acc<T>*>(lse), a, s, h, begin, end, w);
       else

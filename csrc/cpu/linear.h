@@ -1,8 +1,8 @@
 // Products with weights of the data's dtype, for few rows, and with int8 weights. Formulas in
 // csrc/api.h.
 //
-// Every output is a sum along K, in vectors, kTileRows rows of x by kColumns rows of w at a time.
-// Up to kTileRows rows of x, weights go from memory into registers once. With more, all rows of x
+// Every output is a sum along K, in vectors, kRowsAtOnce rows of x by kColumns rows of w at a time.
+// Up to kRowsAtOnce rows of x, weights go from memory into registers once. With more, all rows of x
 // meet a block of rows of w that stays in L2; int8 is first widened there into scratch. (It is
 // exact in bf16 and fp32, so that nothing is rounded before the store.)
 #pragma once
@@ -10,7 +10,7 @@
 
 LX_NAMESPACE_BEGIN
 
-constexpr int kColumns = 4;
+constexpr int kRowsAtOnce = 4, kColumns = 4;
 constexpr int64_t kBlockBytes = 1 << 18;  // of weights, after widening
 constexpr int64_t kMostBlockRows = 64;
 
@@ -121,13 +121,13 @@ void linear_columns(T* y, int64_t N, const void* x, const Rows& x_rows, int64_t 
   }
 }
 
-// Likewise, with as many rows at a time as there are, up to kTileRows.
+// Likewise, with as many rows at a time as there are, up to kRowsAtOnce.
 template <class T, class... Args> void linear_columns_of(int64_t M, T* y, const Args&... args) {
   switch (M) {
     case 1: return linear_columns<1>(y, args...);
     case 2: return linear_columns<2>(y, args...);
     case 3: return linear_columns<3>(y, args...);
-    default: return linear_columns<kTileRows>(y, args...);
+    default: return linear_columns<kRowsAtOnce>(y, args...);
   }
 }
 
@@ -189,7 +189,7 @@ Status linear_int8(void* y, const void* x, Rows x_rows, const int8_t* w, int64_t
     using T = decltype(t);
     using E = Factor<T>;
     const int64_t M = count(x_rows), padded = round_up(K + 1, kFactors<E>);
-    if (M <= kTileRows) {
+    if (M <= kRowsAtOnce) {
       parallel_for(stream, quads_of(N), grain_rows(kColumns * K), [&](int64_t first, int64_t last) {
         linear_quads(static_cast<T*>(y), x, x_rows, w, w_stride, scale, N, K, first, last);
       });
@@ -205,7 +205,7 @@ Status linear_int8(void* y, const void* x, Rows x_rows, const int8_t* w, int64_t
       for (int64_t b = first; wide && b < last; b++) {
         const int64_t begin = b * block, end = least(begin + block, N);
         widen_rows<E>(wide, padded, w + begin * w_stride, w_stride, end - begin, K);
-        linear_columns<kTileRows>(static_cast<T*>(y), N, x, x_rows, M, wide, padded, scale, K,
+        linear_columns<kRowsAtOnce>(static_cast<T*>(y), N, x, x_rows, M, wide, padded, scale, K,
                                   begin, end);
       }
     });

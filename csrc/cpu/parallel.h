@@ -6,8 +6,8 @@
 
 LX_NAMESPACE_BEGIN
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // body(begin, end) over contiguous parts of [0, n), at least `grain` items each.
 template <class Body> void parallel_for(Stream stream, int64_t n, int64_t grain, const Body& body) {

@@ -3,7 +3,8 @@
 // A product C = A B runs over the "units" of its inner dimension: one number of the accumulation
 // type, or, where the CPU multiplies pairs of bf16 (vdpbf16ps), two neighbouring bf16 in the bits
 // of one float. A is (rows, K units), B (K units, columns), C (rows, columns) of the accumulation
-// type; rows come in groups of kTileRows, columns in vectors, and what is beyond the data is zero.
+// type; rows come in groups of kTileRows, columns in vectors, units in groups of kTileUnits, and
+// what is beyond the data is zero.
 //
 // Rows X (n, D) of a tensor become operands in three ways:
 //   lines(X)     (n, D / kUnit units): units along the width, as they lie in memory
@@ -12,6 +13,7 @@
 #pragma once
 #include <cstdlib>
 
+#include "amx.h"
 #include "parallel.h"
 
 LX_NAMESPACE_BEGIN
@@ -24,15 +26,18 @@ template <class T> using Factor = Acc<T>;
 #endif
 template <class E> constexpr int kUnit = std::is_same_v<E, bf16> ? 2 : 1;
 
-constexpr int kTileRows = 4;
+// The shape of one tile of sums.
+template <class E> constexpr int kTileRows = kAmx<E> ? 32 : 4;
+template <class E> constexpr int kTileUnits = kAmx<E> ? 16 : 1;
 #if defined(__AVX512F__)
-constexpr int kTileVecs = 4;  // 16 of 32 registers hold sums
+template <class E> constexpr int kTileVecs = kAmx<E> ? 2 : 4;  // 16 of 32 registers hold sums
 #else
-constexpr int kTileVecs = 2;  // 8 of 16
+template <class E> constexpr int kTileVecs = 2;  // 8 of 16
 #endif
 
 // What sizes of operands are rounded up to: whole vectors, whole groups of rows.
-template <class A> constexpr int kPad = kLanes<A> > kTileRows ? kLanes<A> : kTileRows;
+template <class E>
+constexpr int kPad = kLanes<Acc<E>> > kTileRows<E> ? kLanes<Acc<E>> : kTileRows<E>;
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // ---- products ---------------------------------------------------------------------------------
@@ -49,7 +54,7 @@ template <class E> inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Acc<E> a, Vec<
 // The sums of kTileRows rows by kVecs vectors of columns over K units.
 template <class E, int kVecs> struct Tile {
   using A = Acc<E>;
-  Vec<A> sum[kTileRows][kVecs] = {};
+  Vec<A> sum[kTileRows<E>][kVecs] = {};
 
   void multiply(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t K) {
     for (int64_t k = 0; k < K; k++) {
@@ -57,7 +62,7 @@ template <class E, int kVecs> struct Tile {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; v++) columns[v] = load(b + k * ldb + v * kLanes<A>);
 #pragma GCC unroll 4
-      for (int r = 0; r < kTileRows; r++)
+      for (int r = 0; r < kTileRows<E>; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; v++)
           sum[r][v] = multiply_add<E>(sum[r][v], a[r * lda + k], columns[v]);
@@ -66,9 +71,10 @@ template <class E, int kVecs> struct Tile {
 };
 
 // Calls f(begin, n) for groups of up to kTileVecs of the vectors [begin, end), n a constant.
-template <class F> inline void for_each_vec_group(int begin, int end, const F& f) {
-  for (; begin + kTileVecs <= end; begin += kTileVecs)
-    f(begin, std::integral_constant<int, kTileVecs>{});
+template <class E, class F>
+inline void for_each_vec_group(int begin, int end, const F& f) {
+  constexpr int kVecs = kTileVecs<E>;
+  for (; begin + kVecs <= end; begin += kVecs) f(begin, std::integral_constant<int, kVecs>{});
   switch (end - begin) {
     case 1: return f(begin, std::integral_constant<int, 1>{});
     case 2: return f(begin, std::integral_constant<int, 2>{});
@@ -76,39 +82,36 @@ template <class F> inline void for_each_vec_group(int begin, int end, const F& f
   }
 }
 
-// C = scale * A B for kTileRows rows and the vectors [begin, end) of columns.
-template <class E>
+// C = A B, or C += A B, for kTileRows rows, the vectors [begin, end) of columns and K units. A B is
+// summed by itself first, as short chains of sums round less than one long one; but not by AMX, whose
+// factors were rounded to bf16.
+template <bool kAdd, class E>
 void product(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>* b, int64_t ldb,
-             int begin, int end, int64_t K, Acc<E> scale) {
-  for_each_vec_group(begin, end, [&](int at, auto vecs) {
-    Tile<E, vecs> tile;
-    tile.multiply(a, lda, b + at * kLanes<Acc<E>>, ldb, K);
-    for (int r = 0; r < kTileRows; r++)
-      for (int v = 0; v < vecs; v++)
-        store(c + r * ldc + (at + v) * kLanes<Acc<E>>, tile.sum[r][v] * scale);
-  });
-}
-
-// C = C * decay + A B, likewise; decay is one number a column, 1 when null. A B is summed by itself
-// first: short chains of sums round less than one long one.
-template <class E>
-void accumulate(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>* b, int64_t ldb,
-                int begin, int end, int64_t K, const Acc<E>* decay = nullptr) {
-  for_each_vec_group(begin, end, [&](int at, auto vecs) {
-    Tile<E, vecs> tile;
-    tile.multiply(a, lda, b + at * kLanes<Acc<E>>, ldb, K);
-    for (int v = 0; v < vecs; v++) {
-      const int64_t column = (at + v) * kLanes<Acc<E>>;
-      const Vec<Acc<E>> factor = decay ? load(decay + column) : splat(Acc<E>(1));
-      for (int r = 0; r < kTileRows; r++) {
-        Acc<E>* to = c + r * ldc + column;
-        store(to, load(to) * factor + tile.sum[r][v]);
-      }
+             int begin, int end, int64_t K) {
+  constexpr int64_t kLane = kLanes<Acc<E>>;
+  for_each_vec_group<E>(begin, end, [=](int at, auto vecs) {
+    if constexpr (kAmx<E>) {
+      amx_product<kAdd, vecs>(c + at * kLane, ldc, a, lda, b + at * kLane, ldb,
+                              round_up(K, kTileUnits<E>));
+    } else {
+      Tile<E, vecs> tile;
+      tile.multiply(a, lda, b + at * kLane, ldb, K);
+      for (int r = 0; r < kTileRows<E>; r++)
+        for (int v = 0; v < vecs; v++) {
+          Acc<E>* to = c + r * ldc + (at + v) * kLane;
+          store(to, kAdd ? load(to) + tile.sum[r][v] : tile.sum[r][v]);
+        }
     }
   });
 }
 
 // ---- operands ---------------------------------------------------------------------------------
+
+constexpr int kAhead = 8;  // rows that are fetched before they are read
+template <class T> inline void prefetch(const T* row, int64_t D) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t j = 0; j < D; j += kLine) __builtin_prefetch(row + j);
+}
 
 // out (padded rows, ld units) = lines of x, whose n rows of D lie `stride` apart.
 template <class E, class T>
@@ -119,8 +122,14 @@ void lines(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, 
     if (i >= n) {
       memset(line, 0, ld * sizeof(Acc<E>));
     } else if constexpr (std::is_same_v<E, T>) {
-      memcpy(line, x + i * stride, D * sizeof(T));
-      memset(reinterpret_cast<T*>(line) + D, 0, ld * sizeof(Acc<E>) - D * sizeof(T));
+      constexpr int64_t kStep = kVecBytes / sizeof(T);
+      const T* from = x + i * stride;
+      T* to = reinterpret_cast<T*>(line);
+      prefetch(from + kAhead * stride, D);
+      int64_t j = 0;
+      for (; j + kStep <= D; j += kStep) memcpy(to + j, from + j, kVecBytes);
+      memcpy(to + j, from + j, (D - j) * sizeof(T));
+      memset(to + D, 0, ld * sizeof(Acc<E>) - D * sizeof(T));
     } else {
       for_each_vec<Acc<E>>(D, [&](int64_t j, auto w) {
         store(line + j, load(x + i * stride + j, w), w);
@@ -130,18 +139,42 @@ void lines(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, 
   }
 }
 
+#if defined(__AVX512BF16__)
+// The bf16 of one half of a vector, then of the other, as units of one of each.
+inline Vec32 interleave(__m512i halves) {
+  alignas(64) static constexpr uint16_t order[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (Vec32)_mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
+}
+#endif
+
 // The bits of two rows of numbers as units: a first, b second. With one number a unit: a.
 template <class E> inline Vec<Acc<E>> unit(Vec<Acc<E>> a, [[maybe_unused]] Vec<Acc<E>> b) {
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<E, bf16>) {
-    alignas(64) static constexpr uint16_t order[32] = {
-        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-    return (Vec32)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
-  } else
+  if constexpr (std::is_same_v<E, bf16>)
+    return interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+  else
 #endif
     return a;
+}
+
+// Likewise of kLanes numbers at a and at b, of zeros where one is null; n as load takes it.
+template <class E, class T, class N>
+inline Vec<Acc<E>> unit(const T* a, [[maybe_unused]] const T* b, N n) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, bf16>) {
+    const auto bits = [=](const T* p) {
+      __m256i h = _mm256_setzero_si256();
+      if constexpr (std::is_same_v<N, Whole<float>>) memcpy(&h, p, sizeof h);
+      else memcpy(&h, p, n * sizeof(T));
+      return h;
+    };
+    const __m512i first = _mm512_zextsi256_si512(a ? bits(a) : _mm256_setzero_si256());
+    return interleave(b ? _mm512_inserti64x4(first, bits(b), 1) : first);
+  } else
+#endif
+    return a ? load(a, n) : Vec<Acc<E>>{};
 }
 
 // Two vectors of a row of numbers, a then b, as units. With one number a unit: a.
@@ -161,10 +194,10 @@ void pairs(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, 
   using A = Acc<E>;
   for (int64_t i = 0; i < padded; i += kUnit<E>) {
     A* line = out + i / kUnit<E> * ld;
+    for (int r = 0; r < kUnit<E>; r++) prefetch(x + (i + r + kAhead) * stride, D);
     for_each_vec<A>(D, [&](int64_t j, auto w) {
-      const Vec<A> a = i < n ? load(x + i * stride + j, w) : Vec<A>{};
-      const Vec<A> b = i + 1 < n ? load(x + (i + 1) * stride + j, w) : Vec<A>{};
-      store(line + j, unit<E>(a, b), w);
+      const T* at = x + i * stride + j;
+      store(line + j, unit<E>(i < n ? at : nullptr, i + 1 < n ? at + stride : nullptr, w), w);
     });
     for (int64_t j = D; j < ld; j++) line[j] = 0;
   }

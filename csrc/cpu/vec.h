@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <type_traits>
 
@@ -361,7 +362,7 @@ template <class T> inline Vec<Acc<T>> exp_to(Vec<Acc<T>> x) {
   else return exp(x);
 }
 
-// exp_near for x <= 0, or a rounding error above.
+// exp_near for x <= 0, or not far above.
 inline Vec32 exp_negative(Vec32 x) {
   const Vec32 t = x * 1.44269504f;
 #if defined(__AVX512F__)
@@ -371,5 +372,13 @@ inline Vec32 exp_negative(Vec32 x) {
 #endif
 }
 inline Vec64 exp_negative(Vec64 x) { return exp(x); }
+
+// Whether a comparison holds in some lane.
+template <class V> inline bool any(V comparison) {
+  int64_t words[kVecBytes / 8], all = 0;
+  memcpy(words, &comparison, kVecBytes);
+  for (int64_t word : words) all |= word;
+  return all;
+}
 
 LX_NAMESPACE_END

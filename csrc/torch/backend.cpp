@@ -3,6 +3,8 @@
 // LLAMA_EXT_CPU_TENSORS_TO names a library with a CUDA table that is to serve CPU tensors: the
 // tests' virtual A100 (tests/vgpu).
 #include <dlfcn.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdlib>
 
@@ -14,6 +16,7 @@ const Kernels* lx_cpu_kernels_plain();
 const Kernels* lx_cpu_kernels_avx2();
 const Kernels* lx_cpu_kernels_avx512();
 const Kernels* lx_cpu_kernels_avx512_bf16();
+const Kernels* lx_cpu_kernels_amx();
 #endif
 }
 
@@ -36,11 +39,18 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Linux gives a process the tile registers when it asks for them.
+bool has_amx() {
+  constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return has_avx512_bf16() && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
 #endif
 
 const Isa kIsas[] = {
     // best first
 #if defined(__x86_64__)
+    {"amx", has_amx, lx_cpu_kernels_amx},
     {"avx512_bf16", has_avx512_bf16, lx_cpu_kernels_avx512_bf16},
     {"avx512", has_avx512, lx_cpu_kernels_avx512},
     {"avx2", has_avx2, lx_cpu_kernels_avx2},

@@ -1,0 +1,82 @@
+// Products on the matrix tiles of AMX (Sapphire Rapids and later): eight registers of 16 rows of
+// 64 bytes. One instruction adds a (16, 16 units) times b (16 units, 16) to sums (16, 16) in fp32,
+// where a unit is two neighbouring bf16: the operands of tiles.h as they lie. Subnormal numbers
+// count as zero, as they do for vdpbf16ps.
+#pragma once
+#include "vec.h"
+
+LX_NAMESPACE_BEGIN
+
+#if defined(__AMX_BF16__)
+template <class E> constexpr bool kAmx = std::is_same_v<E, bf16>;
+
+// Gives the tile registers of this thread their shape, as long as this lives.
+class AmxTiles {
+ public:
+  AmxTiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, reserved[15] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shape;
+    _tile_loadconfig(&shape);
+  }
+  ~AmxTiles() { _tile_release(); }
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
+};
+
+// c (32, 16 vecs) = or += a (32, K units) b (K units, 16 vecs), K a multiple of 16, vecs 1 or 2.
+template <bool kAdd, int vecs>
+inline void amx_product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
+                        int64_t ldb, int64_t K) {
+  constexpr int64_t kSide = 16;
+  lda *= sizeof(float);
+  ldb *= sizeof(float);
+  asm volatile("" ::: "memory");  // _tile_loadd does not say that it reads memory
+  ldc *= sizeof(float);
+  float* c_low = c + kSide * ldc / sizeof(float);
+  if (kAdd) {
+    _tile_loadd(0, c, ldc);
+    _tile_loadd(2, c_low, ldc);
+    if (vecs == 2) {
+      _tile_loadd(1, c + kSide, ldc);
+      _tile_loadd(3, c_low + kSide, ldc);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < K; k += kSide, a += kSide, b += kSide * ldb / sizeof(float)) {
+    _tile_loadd(4, a, lda);
+    _tile_loadd(6, b, ldb);
+    _tile_loadd(5, a + kSide * lda / sizeof(float), lda);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(2, 5, 6);
+    if (vecs == 2) {
+      _tile_loadd(7, b + kSide, ldb);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, ldc);
+  _tile_stored(2, c_low, ldc);
+  if (vecs == 2) {
+    _tile_stored(1, c + kSide, ldc);
+    _tile_stored(3, c_low + kSide, ldc);
+  }
+}
+
+#else
+template <class E> constexpr bool kAmx = false;
+struct AmxTiles {};
+template <bool kAdd, int vecs, class... Args> void amx_product(const Args&...) = delete;
+#endif
+
+// What must live while operands of E are multiplied.
+struct NoTiles {};
+template <class E> using TileState = std::conditional_t<kAmx<E>, AmxTiles, NoTiles>;
+
+LX_NAMESPACE_END
