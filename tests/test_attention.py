@@ -94,7 +94,7 @@ def test_queries_that_see_nothing(isa, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_query_that_sees_one_key(dtype):
     """Its weight is 1 whatever the score: o is v, and only rounding gives q a gradient."""
-    q, k, v = (t.requires_grad_() for t in inputs(2, 50, 1, 2, 2, 16, dtype, scale=2))
+    q, k, v = (t.requires_grad_() for t in inputs(2, 50, 1, 2, 2, 24, dtype, scale=2))
     o = lx.attention(q, k, v, causal=False)
     dout = randn(*o.shape, dtype=dtype)
     o.backward(dout)
