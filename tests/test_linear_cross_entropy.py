@@ -158,6 +158,19 @@ def test_memory_beyond_the_gradients_is_a_chunk(monkeypatch, pytestconfig, reduc
         assert peak_bytes(sweep) <= results + chunk + 64 * 1000 + small < results + logits
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_handed_over(pytestconfig, dtype):
+    """Not copied, where nobody asks for them again."""
+    if pytestconfig.getoption("backend") != "cpu":
+        pytest.skip("watches torch's own CPU allocator")
+    hidden, weight, target = case(100, 64, 300, dtype)
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = lx.linear_cross_entropy(hidden, weight, target)
+    assert peak_bytes(lambda: loss.backward(retain_graph=True)) >= hidden.nbytes + weight.nbytes
+    hidden.grad = weight.grad = None
+    assert peak_bytes(loss.backward) < 1000
+
+
 @pytest.mark.parametrize("hidden, weight, target, sentence", [
     (randn(3, 4), randn(9, 5), torch.zeros(3).long(), r"weight: expected shape \(V, 4\), got "
                                                       r"\(9, 5\)"),

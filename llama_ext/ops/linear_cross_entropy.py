@@ -189,7 +189,9 @@ def _(dloss, hidden, weight, target, lse, ignore_index, label_smoothing, z_loss,
 def _scaled(grad, factor, dtype):
     if type(factor) is torch.Tensor and factor.is_cpu and not torch.compiler.is_compiling():
         if factor == 1:  # on other devices one would have to wait to know
-            return grad.to(dtype, copy=True)  # autograd may add to it in place
+            # Whoever gets it may add to it in place: a graph that is kept keeps its own.
+            keep = torch._C._autograd._get_current_graph_task_keep_graph()
+            return grad.to(dtype, copy=keep)
     return linear_cross_entropy_scale(grad, factor, dtype)
 
 
