@@ -33,7 +33,16 @@ def test_several_blocks_and_threads(isa, dtype):
         assert torch.equal(linear_fwd(x, weight), y)
     finally:
         torch.set_num_threads(2)
-    assert torch.equal(linear_fwd(x[4:], weight), y[4:])
+    assert torch.equal(linear_fwd(x[1:], weight), y[1:])
+
+
+@pytest.mark.parametrize("rows, N, K", [(33, 300, 544), (600, 40, 1111), (150, 129, 1024)])
+def test_many_rows(isa, rows, N, K):
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = torch.full((N, K + 3), torch.nan, dtype=dtype)
+        for columns in (slice(0, K), slice(3, K + 3)):
+            weight = wide.fill_(torch.nan)[:, columns].copy_(randn(N, K))
+            check_kernel(randn(rows, K, dtype=dtype), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,11 +63,12 @@ def test_whole_numbers_are_exact(isa):
         assert torch.equal(linear_fwd(x, weight), (x.double() @ weight.double().t()).to(dtype))
 
 
-@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (3, 0), (0, 0)])
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (3, 0), (7, 0), (0, 0)])
 def test_empty(isa, shape):
     for N in (0, 5):
-        y = linear(randn(*shape), randn(N, shape[-1]))
-        assert y.shape == (*shape[:-1], N) and not y.any()
+        for dtype in (torch.float32, torch.bfloat16):
+            y = linear(randn(*shape, dtype=dtype), randn(N, shape[-1], dtype=dtype))
+            assert y.shape == (*shape[:-1], N) and not y.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

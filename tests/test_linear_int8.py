@@ -30,12 +30,19 @@ def test_several_blocks_of_widened_weights(isa):
         check(randn(5, K), *weights(N, K))
 
 
-@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (3, 0), (0, 0)])
+@pytest.mark.parametrize("rows, N, K", [(33, 300, 544), (600, 40, 1111)])
+def test_many_rows(isa, rows, N, K):
+    for dtype in (torch.float32, torch.bfloat16):
+        check(randn(rows, K, dtype=dtype), *weights(N, K))
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (3, 0), (7, 0), (0, 0)])
 def test_empty(isa, shape):
     for N in (0, 5):
         weight, scale = weights(N, shape[-1])
-        y = lx.linear_int8(randn(*shape), weight, scale)
-        assert y.shape == (*shape[:-1], N) and not y.any()
+        for dtype in (torch.float32, torch.bfloat16):
+            y = lx.linear_int8(randn(*shape, dtype=dtype), weight, scale)
+            assert y.shape == (*shape[:-1], N) and not y.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,8 +4,10 @@
 // Every output is a sum along K, in vectors, kRowsAtOnce rows of x by kColumns rows of w at a time.
 // Up to kRowsAtOnce rows of x, weights go from memory into registers once. With more, all rows of x
 // meet a block of rows of w that stays in L2; int8 is first widened there into scratch. (It is
-// exact in bf16 and fp32, so that nothing is rounded before the store.)
+// exact in bf16 and fp32, so that nothing is rounded before the store.) In bf16, where there is AMX,
+// more rows than that go to linear_amx.h.
 #pragma once
+#include "linear_amx.h"
 #include "tiles.h"
 
 LX_NAMESPACE_BEGIN
@@ -168,13 +170,17 @@ Status linear(void* const* y, const void* x, Rows x_rows, const void* const* w,
               Stream stream) {
   return dispatch(dtype, [&](auto t) {
     using T = decltype(t);
+    const auto* const* weights = reinterpret_cast<const T* const*>(w);
+    if constexpr (kAmx<T>)
+      if (lx::LX_ISA::count(x_rows) > kRowsAtOnce)
+        return linear_amx(y, x, x_rows, weights, w_stride, nullptr, N, count, K, stream);
     int64_t quads = 0;
     for (int i = 0; i < count; i++) quads += quads_of(N[i]);
     parallel_for(stream, quads, grain_rows(kColumns * K), [&](int64_t first, int64_t last) {
       for (int i = 0; i < count && last > 0; i++) {
         const int64_t own = quads_of(N[i]);
         if (first < own)
-          linear_quads(static_cast<T*>(y[i]), x, x_rows, static_cast<const T*>(w[i]), w_stride[i],
+          linear_quads(static_cast<T*>(y[i]), x, x_rows, weights[i], w_stride[i],
                        nullptr, N[i], K, first, least(last, own));
         first = most(first - own, 0), last -= own;
       }
@@ -195,6 +201,8 @@ Status linear_int8(void* y, const void* x, Rows x_rows, const int8_t* w, int64_t
       });
       return kOk;
     }
+    if constexpr (kAmx<T>)
+      return linear_amx(&y, x, x_rows, &w, &w_stride, scale, &N, 1, K, stream);
     const int64_t block = block_of_rows(padded * sizeof(E));
     std::atomic<bool> out_of_memory{false};
     parallel_for(stream, (N + block - 1) / block, grain_rows(block * K),
