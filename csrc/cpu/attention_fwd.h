@@ -182,56 +182,84 @@ void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
   }
 }
 
-// One query: the width along the vectors, nothing laid out.
+// One query: the width along the vectors, nothing laid out. out: (D), scratch.
 template <class T>
 void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int64_t h, int64_t i,
                    Acc<T>* out) {
   using A = Acc<T>;
+  using E = Factor<T>;
+  constexpr int kU = kUnit<E>, kKeys = 4;
+  constexpr int64_t kLane = kLanes<A>;
+  constexpr A kNone = -std::numeric_limits<A>::infinity();
   const int64_t D = a.D, kv = h / (a.H / a.Hkv);
   const T* q = static_cast<const T*>(a.q) + s.q_at + i * a.q_stride[1] + h * a.q_stride[2];
   const T* k = static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2];
   const T* v = static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2];
-  A top = -std::numeric_limits<A>::infinity(), total = 0;
+  A top = kNone;
+  Vec<A> total{};
   for (int64_t d = 0; d < D; d++) out[d] = 0;
   for (int64_t j0 = s.first_key(i); j0 < s.end_key(i); j0 += kBlock) {
     const int64_t n = least(kBlock, s.end_key(i) - j0);
-    A weight[kBlock];
-    const A before = top;
-    for (int64_t j = 0; j < n; j++) {
-      const T* key = k + (j0 + j) * a.k_stride[1];
-      Vec<A> dots[4] = {};
-      for_each_vec<A>(D, dots, [&](int64_t d, auto w, Vec<A>& dot) {
-        dot += load(q + d, w) * load(key + d, w);
-      });
-      weight[j] = sum(dots) * static_cast<A>(a.scale);
-      top = top > weight[j] ? top : weight[j];
+    A weight[kBlock], units[kBlock / kU];
+    for (int64_t j = 0; j < n; j += kKeys) {
+      const T* key[kKeys];
+      for (int c = 0; c < kKeys; c++) {
+        const int64_t at = j0 + least(j + c, n - 1);
+        key[c] = k + at * a.k_stride[1];
+        prefetch(key[c] + kAhead * a.k_stride[1], D);
+        prefetch(v + at * a.v_stride[1], D);
+      }
+      Vec<A> dots[kKeys] = {};
+      const auto add = [&](int64_t d, auto... left) {
+        const Vec<A> query = factors<E>(q + d, left...);
+#pragma GCC unroll 4
+        for (int c = 0; c < kKeys; c++)
+          dots[c] = multiply_add<E>(dots[c], query, factors<E>(key[c] + d, left...));
+      };
+      int64_t d = 0;
+      for (; d + kFactors<E> <= D; d += kFactors<E>) add(d);
+      if (d < D) add(d, D - d);
+      sum_each(weight + j, dots);
     }
-    const A shift = top == -std::numeric_limits<A>::infinity() ? 0 : top;
-    for_each_vec<A>(n, [&](int64_t j, auto w) {
-      store(weight + j, exp_negative(load(weight + j, w) - shift), w);
-    });
-    const A decay = exp_negative(splat(before - shift))[0];
+    Vec<A> largest = splat(top);
+    for (int64_t j = 0; j < kBlock; j += kLane) {
+      Vec<A> scores = load(weight + j) * static_cast<A>(a.scale);
+      for (int64_t c = clamp(n - j, 0, kLane); c < kLane; c++) scores[c] = kNone;
+      largest = largest > scores ? largest : scores;
+      store(weight + j, scores);
+    }
+    const A before = top;
+    for (int64_t c = 0; c < kLane; c++) top = top > largest[c] ? top : largest[c];
+    const A shift = top == kNone ? 0 : top;
+    const Vec<A> decay = exp_negative(splat(before - shift));
     total *= decay;
-    for (int64_t j = 0; j < n; j++) total += weight[j];
-    for_each_vec<A>(D, [&](int64_t d, auto w) { store(out + d, load(out + d, w) * decay, w); });
-    const auto add = [&](int64_t j, auto keys) {  // row by row: columns of rows share few cache sets
-      constexpr int kKeys = decltype(keys)::value;
-      const T* value = v + (j0 + j) * a.v_stride[1];
+    for (int64_t j = 0; j < kBlock; j += kU * kLane) {
+      Vec<A> part[kU];
+      for (int u = 0; u < kU; u++)
+        total += part[u] = exp_negative(load(weight + j + u * kLane) - shift);
+      store(units + j / kU, line<E>(part[0], part[kU - 1]));
+    }
+    for (int64_t j = 0; j < n; j += kKeys) {  // row by row: columns of rows share few cache sets
+      const T* value[kKeys];
+      for (int c = 0; c < kKeys; c++)
+        value[c] = j + c < n ? v + (j0 + j + c) * a.v_stride[1] : nullptr;
       for_each_vec<A>(D, [&](int64_t d, auto w) {
         Vec<A> sum = load(out + d, w);
-        for (int i = 0; i < kKeys; i++)
-          sum += weight[j + i] * load(value + i * a.v_stride[1] + d, w);
+        if (j == 0) sum *= decay;
+#pragma GCC unroll 4
+        for (int c = 0; c < kKeys; c += kU)
+          if (value[c])
+            sum = multiply_add<E>(sum, units[(j + c) / kU], unit<E>(
+                value[c] + d, value[c + kU - 1] ? value[c + kU - 1] + d : nullptr, w));
         store(out + d, sum, w);
       });
-    };
-    int64_t j = 0;
-    for (; j + 4 <= n; j += 4) add(j, std::integral_constant<int, 4>{});
-    for (; j < n; j++) add(j, std::integral_constant<int, 1>{});
+    }
   }
-  const A inverse = inverse_of(total, s.end_key(i) > s.first_key(i));
+  const A sum_of_weights = sum(total);
+  const A inverse = inverse_of(sum_of_weights, s.end_key(i) > s.first_key(i));
   T* row = o + ((s.q_row + i) * a.H + h) * D;
   for_each_vec<A>(D, [&](int64_t d, auto w) { store(row + d, load(out + d, w) * inverse, w); });
-  lse[s.lse_at + h * s.lse_stride + i] = lse_of(top, total);
+  lse[s.lse_at + h * s.lse_stride + i] = lse_of(top, sum_of_weights);
 }
 
 // Queries for which a span of keys is laid out once: many, but enough chunks to share out.

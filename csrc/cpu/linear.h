@@ -16,55 +16,8 @@ constexpr int kRowsAtOnce = 4, kColumns = 4;
 constexpr int64_t kBlockBytes = 1 << 18;  // of weights, after widening
 constexpr int64_t kMostBlockRows = 64;
 
-// Factors that a vector holds.
-template <class E> constexpr int kFactors = kLanes<Acc<E>> * kUnit<E>;
 // Factors that are summed by themselves first: short chains round less than one long one.
 template <class E> constexpr int64_t kChain = 16 * kFactors<E>;
-
-// kLanes int8 as numbers.
-template <class A> inline Vec<A> numbers(const int8_t* p) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<A, float>)
-    return (Vec32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<A, float>)
-    return (Vec32)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#endif
-  Vec<A> v;
-  for (int i = 0; i < kLanes<A>; i++) v[i] = p[i];
-  return v;
-}
-
-// kFactors elements at p, int8 or of a storage type, as a vector of units (see tiles.h).
-template <class E, class T> inline Vec<Acc<E>> factors(const T* p) {
-  using A = Acc<E>;
-  if constexpr (std::is_same_v<T, E>) {
-    Vec<A> v;
-    memcpy(&v, p, sizeof v);
-    return v;
-  } else if constexpr (std::is_same_v<T, int8_t>) {
-    return line<E>(numbers<A>(p), kUnit<E> == 2 ? numbers<A>(p + kLanes<A>) : Vec<A>{});
-  } else {
-    return load(p);
-  }
-}
-
-// The first n of them, the rest 0.
-template <class E, class T> inline Vec<Acc<E>> factors(const T* p, int64_t n) {
-  T part[kFactors<E>] = {};
-  memcpy(part, p, n * sizeof(T));
-  return factors<E>(part);
-}
-
-template <class E>
-inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Vec<Acc<E>> a, Vec<Acc<E>> b) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<E, bf16>)
-    return (Vec32)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-  else
-#endif
-    return c + a * b;
-}
 
 // y (rows, columns), of rows N apart, for `rows` <= kRows rows of x and `columns` <= kColumns rows
 // of w. Where there are fewer, the last is computed again and not stored. scale null: all 1.
