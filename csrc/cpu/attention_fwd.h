@@ -259,6 +259,7 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
         for (int c = 0; c < kKeys; c++) {
           const int64_t row = j0 + least(j + c, n - 1);
           key[c] = k + row * a.k_stride[1] + h / sharing * a.k_stride[2];
+          if (h % sharing == 0) prefetch(key[c] + kAhead * a.k_stride[1], D);
         }
         Vec<A> dots[kKeys] = {};
         const auto add = [&](int64_t d, auto... left) {
@@ -285,8 +286,10 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
         const A* units = scratch.units + (h - first) * Scratch::kUnits + j / kU;
         A* out = scratch.out + (h - first) * D;
         const T* value[kKeys];
-        for (int c = 0; c < kKeys; c++)
+        for (int c = 0; c < kKeys; c++) {
           value[c] = v + (j0 + j + c) * a.v_stride[1] + h / sharing * a.v_stride[2];
+          if (h % sharing == 0) prefetch(value[c] + kAhead * a.v_stride[1], D);
+        }
         for_each_vec<A>(D, [&](int64_t d, auto w) {
           Vec<A> sum = load(out + d, w);
 #pragma GCC unroll 4

@@ -107,7 +107,7 @@ void product(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>*
 
 // ---- operands ---------------------------------------------------------------------------------
 
-constexpr int kAhead = 16;  // rows that are fetched before they are read
+constexpr int kAhead = 8;  // rows that are fetched before they are read
 template <class T> inline void prefetch(const T* row, int64_t D) {
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t j = 0; j < D; j += kLine) __builtin_prefetch(row + j);

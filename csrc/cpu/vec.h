@@ -7,6 +7,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -223,22 +224,29 @@ template <class V> inline Lane<V> sum(V v) {
   return lane[0];
 }
 
-// Likewise of each of four vectors at once, in the same order: out (4).
+// The groups of lanes of two vectors, halved in length: first halves plus second ones.
+template <int group, class V> inline V fold(V a, V b) {
+  constexpr int L = kLanes<Lane<V>>;
+  using Int = std::conditional_t<sizeof(Lane<V>) == 4, int32_t, int64_t>;
+  static constexpr auto order = [] {
+    std::array<Int, L> order{};
+    for (int i = 0; i < L; i++) order[i] = i / (group / 2) * group + i % (group / 2);
+    return order;
+  }();
+  std::conditional_t<sizeof(Int) == 4, Int32, Int64> first;
+  memcpy(&first, order.data(), sizeof first);
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + group / 2);
+}
+
+// sum of each of four vectors at once, in the same order: out (4).
 template <class V> inline void sum_each(Lane<V>* out, const V (&v)[4]) {
   constexpr int L = kLanes<Lane<V>>;
   if constexpr (L < 4) {
     for (int c = 0; c < 4; c++) out[c] = sum(v[c]);
   } else {
-    using Index = std::conditional_t<sizeof(Lane<V>) == 4, Int32, Int64>;
-    // The groups of lanes of two vectors, halved in length: first halves plus second ones.
-    const auto fold = [](V a, V b, int group) {
-      Index first;
-      for (int i = 0; i < L; i++) first[i] = i / (group / 2) * group + i % (group / 2);
-      return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + group / 2);
-    };
-    V folded = fold(fold(v[0], v[1], L), fold(v[2], v[3], L), L / 2);
-#pragma GCC unroll 2
-    for (int group = L / 4; group > 1; group /= 2) folded = fold(folded, folded, group);
+    V folded = fold<L / 2>(fold<L>(v[0], v[1]), fold<L>(v[2], v[3]));
+    if constexpr (L >= 16) folded = fold<4>(folded, folded);
+    if constexpr (L >= 8) folded = fold<2>(folded, folded);
     for (int c = 0; c < 4; c++) out[c] = folded[c];
   }
 }
