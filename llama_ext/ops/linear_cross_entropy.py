@@ -45,16 +45,17 @@ def _check(hidden, weight, target, ignore_index):
                    f"{target.flatten()[row].item()} in row {row}")
 
 
-def _rows_at_once(V, dtype, need_dweight):
-    """Rows whose logits are held at a time. For the gradient of weight in half dtypes, a product
-    that is rounded before it is added takes half the room."""
+def _rows_at_once(width, dtype, need_dweight):
+    """Rows at a time, of each of which `width` numbers are held: logits and a copy of hidden. For
+    the gradient of weight in half dtypes, a product that is rounded before it is added takes half
+    the room."""
     has_product = need_dweight and dtype != torch.promote_types(dtype, torch.float32)
-    return max(1, CHUNK_BYTES // (2 if has_product else 1) // max(V * dtype.itemsize, 1))
+    return max(1, CHUNK_BYTES // (2 if has_product else 1) // max(width * dtype.itemsize, 1))
 
 
-def _dweight_dtype(rows, V, dtype):
+def _dweight_dtype(rows, width, dtype):
     """What the gradient of weight is made in: fp32 where it is a sum over several chunks."""
-    several = rows > _rows_at_once(V, dtype, True)
+    several = rows > _rows_at_once(width, dtype, True)
     return torch.promote_types(dtype, torch.float32) if several else dtype
 
 
@@ -74,7 +75,7 @@ def _sweep(h, weight, t, options, dloss=None, lse=None, need_dhidden=False, need
     loss = torch.empty(0 if known else rows, dtype=acc, device=h.device)
     lse = lse if known else torch.empty_like(loss)
     dhidden = torch.empty((rows, C) if need_dhidden else 0, dtype=dtype, device=h.device)
-    step, wide = _rows_at_once(V, dtype, need_dweight), _dweight_dtype(rows, V, dtype)
+    step, wide = _rows_at_once(V + C, dtype, need_dweight), _dweight_dtype(rows, V + C, dtype)
     chunks = [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
     new = torch.empty if len(chunks) == 1 else torch.zeros
     dweight = new((V, C) if need_dweight else 0, dtype=wide, device=h.device)
@@ -89,15 +90,17 @@ def _sweep(h, weight, t, options, dloss=None, lse=None, need_dhidden=False, need
                            *options)
         if need_dhidden:
             torch.mm(z, weight, out=dhidden[part])
+        # On CPUs, the product of two transposed matrices is faster than of one.
+        rows_of_h = h[part].t().contiguous().t() if need_dweight and h.is_cpu else h[part]
         if need_dweight and len(chunks) == 1:
-            torch.mm(z.t(), h, out=dweight)
+            torch.mm(z.t(), rows_of_h, out=dweight)
         elif need_dweight and dtype != wide:
             # The sum may widen the product first: room for both.
             row_bytes = C * (h.element_size() + dweight.element_size())
             for columns in _slices(V, row_bytes, CHUNK_BYTES // 2):
-                dweight[columns] += z[:, columns].t() @ h[part]
+                dweight[columns] += z[:, columns].t() @ rows_of_h
         elif need_dweight:
-            dweight.addmm_(z.t(), h[part])
+            dweight.addmm_(z.t(), rows_of_h)
     return loss, lse, dhidden, dweight
 
 
@@ -129,7 +132,7 @@ def _(hidden, weight, target, ignore_index, label_smoothing, z_loss, mean, need_
     return (hidden.new_empty((), dtype=acc), hidden.new_empty((), dtype=acc),
             hidden.new_empty((rows, hidden.shape[-1]) if need_dhidden else 0),
             weight.new_empty(weight.shape if need_dweight else 0,
-                             dtype=_dweight_dtype(rows, weight.shape[0], weight.dtype)))
+                             dtype=_dweight_dtype(rows, sum(weight.shape), weight.dtype)))
 
 
 @torch.library.custom_op("llama_ext::linear_cross_entropy_scale", mutates_args=())
@@ -188,7 +191,9 @@ def _(dloss, hidden, weight, target, lse, ignore_index, label_smoothing, z_loss,
 
 def _scaled(grad, factor, dtype):
     if type(factor) is torch.Tensor and factor.is_cpu and not torch.compiler.is_compiling():
-        if factor == 1:  # on other devices one would have to wait to know
+        if grad.dtype == dtype and factor != 1:
+            return grad * factor  # a single number, taken as it is, not rounded to dtype
+        if factor == 1:
             # Whoever gets it may add to it in place: a graph that is kept keeps its own.
             keep = torch._C._autograd._get_current_graph_task_keep_graph()
             return grad.to(dtype, copy=keep)
