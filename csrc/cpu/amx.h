@@ -31,11 +31,11 @@ template <bool kAdd, int vecs>
 inline void amx_product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
                         int64_t ldb, int64_t K) {
   constexpr int64_t kSide = 16;
-  lda *= sizeof(float);
-  ldb *= sizeof(float);
+  float* c_low = c + kSide * ldc;
+  const float* a_low = a + kSide * lda;
+  const int64_t b_next = kSide * ldb;
+  lda *= sizeof(float), ldb *= sizeof(float), ldc *= sizeof(float);  // the instructions count bytes
   asm volatile("" ::: "memory");  // _tile_loadd does not say that it reads memory
-  ldc *= sizeof(float);
-  float* c_low = c + kSide * ldc / sizeof(float);
   if (kAdd) {
     _tile_loadd(0, c, ldc);
     _tile_loadd(2, c_low, ldc);
@@ -49,10 +49,10 @@ inline void amx_product(float* c, int64_t ldc, const float* a, int64_t lda, cons
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < K; k += kSide, a += kSide, b += kSide * ldb / sizeof(float)) {
+  for (int64_t k = 0; k < K; k += kSide, a += kSide, a_low += kSide, b += b_next) {
     _tile_loadd(4, a, lda);
     _tile_loadd(6, b, ldb);
-    _tile_loadd(5, a + kSide * lda / sizeof(float), lda);
+    _tile_loadd(5, a_low, lda);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(2, 5, 6);
     if (vecs == 2) {

@@ -123,10 +123,11 @@ void scores_of(Acc<E>* scores, const Acc<E>* keys, const Acc<E>* queries, int64_
   }
 }
 
-// Calls f(begin, end, n) for groups [begin, end) of the vectors of a strip's queries: of the keys
-// from j0 on, a group sees none beyond the first n, a multiple of kKeyGroup. A tile that the diagonal
-// crosses goes in narrow groups.
 template <class E> constexpr int64_t kKeyGroup = most(4, kTileUnits<E> * kUnit<E>);
+
+// Calls f(begin, end, n) for groups [begin, end) of the vectors of a strip's queries: of the keys
+// from j0 on, a group sees none beyond the first n, a multiple of kKeyGroup. A tile that the
+// diagonal crosses goes in narrow groups.
 template <class E, class F>
 void for_each_query_group(const Sequence& s, int64_t j0, int64_t i0, int64_t rows, const F& f) {
   constexpr int64_t kLane = kLanes<Acc<E>>;
@@ -140,8 +141,8 @@ void for_each_query_group(const Sequence& s, int64_t j0, int64_t i0, int64_t row
   }
 }
 
-// c (D, kStrip) += keys (D lines of kBlock) * weights (kBlock units, kStrip), of the first n keys and
-// the vectors [begin, end) of queries.
+// c (D, kStrip) += keys (D lines of kBlock) * weights (kBlock units, kStrip), of the first n keys
+// and the vectors [begin, end) of queries.
 template <class E, int64_t kStrip>
 void accumulate_over_keys(Acc<E>* c, const Acc<E>* keys, const Acc<E>* weights, int begin, int end,
                           int64_t n, int64_t D) {

@@ -2,9 +2,9 @@
 //
 // Everything is transposed, queries along the vectors: scores (keys, queries), out (D, queries). So
 // the softmax is elementwise over the rows of a tile, and no sum runs across lanes. An item of work
-// is a chunk of queries of one head. It takes kSpan keys at a time, laid out once for all its strips;
-// each strip takes them in block by block, while its sums are at hand. A block that no query of a
-// strip sees is skipped, of the others nearly the seen part is computed.
+// is a chunk of queries of one head. It takes kSpan keys at a time, laid out once for all its
+// strips; each strip takes them in block by block, while its sums are at hand. A block that no
+// query of a strip sees is skipped, of the others nearly the seen part is computed.
 #pragma once
 #include "attention.h"
 
@@ -43,12 +43,12 @@ template <class E> struct ForwardScratch {
   }
 };
 
-// How far above top a score may lie, in powers of the base, before it becomes the top and the sums so
-// far are scaled down: few blocks after the first have one.
+// How far above top a score may lie, in powers of the base, before it becomes the top and the sums
+// so far are scaled down: few blocks after the first have one.
 constexpr int kRise = 8;
 
-// Puts weights, in units, in place of the scores (keys, kStrip) of n keys for one vector of queries,
-// and adds them to sum. The sums so far are sum and the columns out (D, kStrip).
+// Puts weights, in units, in place of the scores (keys, kStrip) of n keys for one vector of
+// queries, and adds them to sum. The sums so far are sum and the columns out (D, kStrip).
 template <class E>
 void softmax_step(Acc<E>* scores, Acc<E>* top, Acc<E>* sum, Acc<E>* out, int64_t D, int64_t n,
                   Acc<E> factor) {
@@ -91,8 +91,8 @@ void softmax_step(Acc<E>* scores, Acc<E>* top, Acc<E>* sum, Acc<E>* out, int64_t
 }
 
 // What the sums over the keys are divided by, as its inverse, and lse, for a query whose weights,
-// exp(score - top), add up to sum. One that sees no key gives zeros; one that sees only
-// scores of -inf gives NaN, as softmax does; a score of inf gives an lse of inf.
+// exp(score - top), add up to sum. One that sees no key gives zeros; one that sees only scores of
+// -inf gives NaN, as softmax does; a score of inf gives an lse of inf.
 template <class A> A inverse_of(A sum, bool sees) {
   if (sum == 0) return sees ? std::numeric_limits<A>::quiet_NaN() : 0;
   return 1 / sum;
@@ -115,7 +115,7 @@ void forward_tile(const ForwardScratch<E>& w, int strip, int block, const Sequen
   A *top = w.top + strip * kStrip, *sum = w.sum + strip * kStrip;
   A* out = w.out + strip * w.out_rows * kStrip;
   scores_of<E, kStrip>(w.scores, keys, w.queries + strip * w.lines_ld * kStrip, w.lines_ld,
-               (D + kUnit<E> - 1) / kUnit<E>, scale.negative, s, j0, i0, rows);
+                       (D + kUnit<E> - 1) / kUnit<E>, scale.negative, s, j0, i0, rows);
   for_each_query_group<E>(s, j0, i0, rows, [&](int begin, int end, int64_t n) {
     for (int64_t r = begin * kLanes<A>; r < end * kLanes<A>; r += kLanes<A>)
       softmax_step<E>(w.scores + r, top + r, sum + r, out + r, D, n, scale.factor);
@@ -233,15 +233,15 @@ Acc<T> query_softmax(Acc<T>* weights, Acc<T>* units, Acc<T>* total, Acc<T>* top,
   return decay[0];
 }
 
-// Query i of the heads [first, last): the width along the vectors, nothing laid out. Keys and values
-// are read row by row, all heads of a row after each other.
+// Query i of the heads [first, last): the width along the vectors, nothing laid out. Keys and
+// values are read row by row, all heads of a row after each other.
 template <class T>
 void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int64_t first,
                    int64_t last, int64_t i, const QueryScratch<T>& scratch) {
   using A = Acc<T>;
   using E = Factor<T>;
-  using Scratch = QueryScratch<T>;
   constexpr int kU = kUnit<E>, kKeys = 4;
+  constexpr int64_t kUnits = QueryScratch<T>::kUnits;
   const int64_t D = a.D, sharing = a.H / a.Hkv;
   const T* q = static_cast<const T*>(a.q) + s.q_at + i * a.q_stride[1];
   const T* k = static_cast<const T*>(a.k) + s.k_at;
@@ -275,15 +275,14 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
       }
     for (int64_t x = 0; x < last - first; x++) {
       const A decay = query_softmax<T>(scratch.weights + x * kBlock,
-                                       scratch.units + x * Scratch::kUnits,
-                                       scratch.total + x * kLanes<A>, scratch.top + x, n,
-                                       static_cast<A>(a.scale));
+                                       scratch.units + x * kUnits, scratch.total + x * kLanes<A>,
+                                       scratch.top + x, n, static_cast<A>(a.scale));
       A* out = scratch.out + x * D;
       for_each_vec<A>(D, [&](int64_t d, auto w) { store(out + d, load(out + d, w) * decay, w); });
     }
     for (int64_t j = 0; j < n; j += kKeys)
       for (int64_t h = first; h < last; h++) {
-        const A* units = scratch.units + (h - first) * Scratch::kUnits + j / kU;
+        const A* units = scratch.units + (h - first) * kUnits + j / kU;
         A* out = scratch.out + (h - first) * D;
         const T* value[kKeys];
         for (int c = 0; c < kKeys; c++) {
@@ -311,8 +310,8 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
   }
 }
 
-// Heads for which one query goes through the keys at once: where the heads of a key lie side by side,
-// so many that each thread has some.
+// Heads for which one query goes through the keys at once: where the heads of a key lie side by
+// side, so many that each thread has some.
 inline int64_t heads_of(const Attention& a, int64_t threads) {
   int64_t kv = a.k_stride[2] < a.k_stride[1] ? a.Hkv : 1;
   while (kv > 1 && a.B * (a.Hkv / kv) < threads) kv = (kv + 1) / 2;

@@ -4,8 +4,8 @@
 // Every output is a sum along K, in vectors, kRowsAtOnce rows of x by kColumns rows of w at a time.
 // Up to kRowsAtOnce rows of x, weights go from memory into registers once. With more, all rows of x
 // meet a block of rows of w that stays in L2; int8 is first widened there into scratch. (It is
-// exact in bf16 and fp32, so that nothing is rounded before the store.) In bf16, where there is AMX,
-// more rows than that go to linear_amx.h.
+// exact in bf16 and fp32, so that nothing is rounded before the store.) In bf16, where there is
+// AMX, more rows than that go to linear_amx.h.
 #pragma once
 #include "linear_amx.h"
 #include "tiles.h"

@@ -1,10 +1,10 @@
 // Small matrix products out of packed blocks: what attention is made of.
 //
 // A product C = A B runs over the "units" of its inner dimension: one number of the accumulation
-// type, or, where the CPU multiplies pairs of bf16 (vdpbf16ps), two neighbouring bf16 in the bits
-// of one float. A is (rows, K units), B (K units, columns), C (rows, columns) of the accumulation
-// type; rows come in groups of kTileRows, columns in vectors, units in groups of kTileUnits, and
-// what is beyond the data is zero.
+// type, or, where the CPU multiplies pairs of bf16 (vdpbf16ps, AMX), two neighbouring bf16 in the
+// bits of one float. A is (rows, K units), B (K units, columns), C (rows, columns) of the
+// accumulation type; rows come in groups of kTileRows, columns in vectors, units in groups of
+// kTileUnits, and what is beyond the data is zero.
 //
 // Rows X (n, D) of a tensor become operands in three ways:
 //   lines(X)     (n, D / kUnit units): units along the width, as they lie in memory
@@ -83,8 +83,8 @@ inline void for_each_vec_group(int begin, int end, const F& f) {
 }
 
 // C = A B, or C += A B, for kTileRows rows, the vectors [begin, end) of columns and K units. A B is
-// summed by itself first, as short chains of sums round less than one long one; but not by AMX, whose
-// factors were rounded to bf16.
+// summed by itself first, as short chains of sums round less than one long one; but not by AMX,
+// whose factors were rounded to bf16.
 template <bool kAdd, class E>
 void product(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>* b, int64_t ldb,
              int begin, int end, int64_t K) {
@@ -107,7 +107,7 @@ void product(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>*
 
 // ---- operands ---------------------------------------------------------------------------------
 
-constexpr int kAhead = 8;  // rows that are fetched before they are read
+constexpr int kAhead = 8;  // how many rows before it is read a row is fetched
 template <class T> inline void prefetch(const T* row, int64_t D) {
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t j = 0; j < D; j += kLine) __builtin_prefetch(row + j);
@@ -225,6 +225,7 @@ template <class E, class T> inline Vec<Acc<E>> factors(const T* p, int64_t n) {
   return factors<E>(part);
 }
 
+// c + a * b, unit by unit.
 template <class E>
 inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Vec<Acc<E>> a, Vec<Acc<E>> b) {
 #if defined(__AVX512BF16__)
