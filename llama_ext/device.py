@@ -1,5 +1,6 @@
 """What depends on the device a run is on: its choice, its precision, its memory and its peak."""
 
+import re
 import resource
 import sys
 import time
@@ -68,8 +69,12 @@ def peak_memory(device):
     """Most bytes in use so far: of tensors on a GPU, of the whole process (RSS) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:  # getrusage counts what the parent held when it started this process
+        with open("/proc/self/status") as f:
+            return int(re.search(r"VmHWM:\s*(\d+) kB", f.read())[1]) * 1024
+    except (OSError, TypeError):  # not Linux, or without that line
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def to_device(tensors, device):

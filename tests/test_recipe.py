@@ -173,6 +173,17 @@ def test_the_cpus_peak_is_that_of_a_matrix_product():
     assert 1e7 < device.peak_memory(torch.device("cpu")) < 1e13
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's file")
+def test_peak_memory_of_a_process_is_not_its_parents():
+    """The kernel's own count for a process starts with what the one that started it held."""
+    child = "import torch; from llama_ext import device; " \
+            "print(device.peak_memory(torch.device('cpu')))"
+    parent = "import subprocess, sys; held = b'x' * (3 << 29); " \
+             f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", parent], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 3 << 29
+
+
 def test_the_step_line_says_what_the_metrics_say(small, capsys):
     config = small(steps=4, log_every=2, peak_flops=1e9, val_every=99)
     trainer = Trainer(config)
