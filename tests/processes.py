@@ -76,12 +76,13 @@ def _rank(rank, world, folder, sender, function, args):
     faulthandler.enable()  # Python's stack, if a signal ends this process
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
-                            world_size=world)
-    try:
+    try:  # to join, too: that fails where another rank dies meanwhile
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                                world_size=world)
         result = True, function(*args)
     except BaseException:
         result = False, f"rank {rank}: {traceback.format_exc()}"
     # Pickled whole: multiprocessing's own way with tensors needs the sender to stay.
     sender.send_bytes(pickle.dumps(result))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
