@@ -14,7 +14,7 @@ template <class T> Acc<T> largest(const T* z, int64_t V) {
   using A = Acc<T>;
   const A none = -std::numeric_limits<A>::infinity();
   Vec<A> top[4] = {splat(none), splat(none), splat(none), splat(none)};
-  for_each_vec<A>(V, top, [&](int64_t j, auto n, Vec<A>& t) {
+  for_each_vec<T>(V, top, [&](int64_t j, auto n, Vec<A>& t) {
     t = max_nan(t, load_or(none, z + j, n));
   });
   return max_nan(max_nan(max_nan(top[0], top[1]), max_nan(top[2], top[3])));
@@ -24,7 +24,7 @@ template <class T> Acc<T> largest(const T* z, int64_t V) {
 template <class T> Acc<T> sum_of_exp(const T* z, int64_t V, Acc<T> shift) {
   using A = Acc<T>;
   Vec<A> sums[4] = {};
-  for_each_vec<A>(V, sums, [&](int64_t j, auto n, Vec<A>& s) {
+  for_each_vec<T>(V, sums, [&](int64_t j, auto n, Vec<A>& s) {
     s += exp_near(load_or(-std::numeric_limits<A>::infinity(), z + j, n) - shift);
   });
   return sum(sums);
@@ -49,7 +49,7 @@ template <class T> Acc<T> log_sum_exp(const T* z, int64_t V) {
 // sum(z) of a row of V.
 template <class T> Acc<T> row_sum(const T* z, int64_t V) {
   Vec<Acc<T>> sums[4] = {};
-  for_each_vec<Acc<T>>(V, sums, [&](int64_t j, auto n, auto& s) { s += load(z + j, n); });
+  for_each_vec<T>(V, sums, [&](int64_t j, auto n, auto& s) { s += load(z + j, n); });
   return sum(sums);
 }
 
@@ -126,7 +126,7 @@ Status cross_entropy_bwd(void* dlogits, const void* logits, Rows logits_rows, co
           const Vec<A> p = exp(splat(load(z + target[i], 1)[0] - row_lse));
           at_target = (p - on_target) * dl + p * of_z_loss;
         }
-        for_each_vec<A>(V, [&](int64_t j, auto n) {
+        for_each_vec<T>(V, [&](int64_t j, auto n) {
           store(dz + j, exp_to<T>(load(z + j, n) - row_lse) * scale - even, n);
         });
         if (is_column) store(dz + target[i], at_target, 1);

@@ -2,7 +2,8 @@
 #pragma once
 #include <atomic>
 
-#include "vec.h"
+#include "columns.h"
+#include "functions.h"
 
 LX_NAMESPACE_BEGIN
 
@@ -42,7 +43,8 @@ inline int64_t grain_rows(int64_t width) { return kGrainElements / (width + 1) +
 // Whether rows of `width` elements, `stride` apart from p on, are written past the caches: they are
 // aligned, and more than a core's caches would keep until somebody reads them.
 template <class T> bool past_cache(const T* p, int64_t rows, int64_t width, int64_t stride) {
-  constexpr int64_t kCaches = 4 << 20, kAlign = kLanes<Acc<T>> * sizeof(T);
+  constexpr int64_t kCaches = 4 << 20, kVec = kLanes<Acc<T>> * sizeof(T);
+  constexpr int64_t kAlign = kInPairs<T> ? 2 * kVec : kVec;
   return rows * width * int64_t(sizeof(T)) > kCaches &&
          reinterpret_cast<uintptr_t>(p) % kAlign == 0 && stride * sizeof(T) % kAlign == 0;
 }

@@ -12,23 +12,24 @@
 
 LX_NAMESPACE_BEGIN
 
+// What rows of T with weights of W are gone over as.
+template <class T, class W> using Columns = std::conditional_t<std::is_same_v<T, W>, T, Acc<T>>;
+
 template <class T, class W>
 void rmsnorm_fwd_row(T* y, T* h, Acc<T>* rstd, const T* x, const T* residual, const W* weight,
                      int64_t D, double eps, bool past) {
   using A = Acc<T>;
   Vec<A> squares[4] = {};
-  for_each_vec<A>(D, squares, [&](int64_t j, auto n, Vec<A>& square) {
+  for_each_vec<T>(D, squares, [&](int64_t j, auto n, Vec<A>& square) {
     Vec<A> v = load(x + j, n);
-    if (residual) {
-      store(h + j, v + load(residual + j, n), n);
-      v = load(h + j, n);  // normalise what is stored: the backward sees the same numbers
-    }
+    // Normalise what is stored: the backward sees the same numbers.
+    if (residual) v = store_rounded(h + j, v + load(residual + j, n), n);
     square += v * v;
   });
   const double mean = double(sum(squares)) / D;
   *rstd = static_cast<A>(1 / std::sqrt(mean + eps));
   const T* in = residual ? h : x;
-  for_each_vec<A>(D, [&](int64_t j, auto n) {
+  for_each_vec<Columns<T, W>>(D, [&](int64_t j, auto n) {
     __builtin_prefetch(x + D + j);
     if (residual) __builtin_prefetch(residual + D + j);
     store(y + j, load(in + j, n) * *rstd * load(weight + j, n), n, past);
@@ -56,13 +57,14 @@ constexpr int64_t kRun = 1024;  // columns
 
 inline int64_t rmsnorm_bwd_parts(int64_t rows) { return rows < 1024 ? (rows + 31) / 32 : 32; }
 
-// kRows rows of dx; their share of dweight is added to dw (D), unless it is null.
+// kRows rows of dx; their share of dweight is added to dw (D), in the order of the vectors, unless
+// it is null.
 template <int kRows, class T, class W>
 void rmsnorm_bwd_rows(T* dx, Acc<T>* dw, const T* const* dy, const T* const* dh, const T* const* h,
                       const W* weight, const Acc<T>* rstd, int64_t D, bool past) {
   using A = Acc<T>;
   Vec<A> dots[kRows] = {};
-  for_each_vec<A>(D, [&](int64_t j, auto n) {
+  for_each_vec<Columns<T, W>>(D, [&](int64_t j, auto n) {
     const Vec<A> w = load(weight + j, n);
     for (int r = 0; r < kRows; r++) dots[r] += load(dy[r] + j, n) * w * load(h[r] + j, n);
   });
@@ -74,7 +76,7 @@ void rmsnorm_bwd_rows(T* dx, Acc<T>* dw, const T* const* dy, const T* const* dh,
       const T *dy_row = dy[r], *h_row = h[r], *dh_row = dh ? dh[r] : nullptr;
       T* dx_row = dx + r * D;
       const A inverse = rstd[r], factor = scale[r];
-      for_each_vec<A>(D - begin < kRun ? D - begin : kRun, [&](int64_t k, auto n) {
+      for_each_vec<Columns<T, W>>(D - begin < kRun ? D - begin : kRun, [&](int64_t k, auto n) {
         const int64_t j = begin + k, next = j + kRows * D;
         __builtin_prefetch(dy_row + next);
         __builtin_prefetch(h_row + next);
@@ -85,7 +87,7 @@ void rmsnorm_bwd_rows(T* dx, Acc<T>* dw, const T* const* dy, const T* const* dh,
           d += load(dh_row + j, n);
         }
         store(dx_row + j, d, n, past);
-        if (dw) store(dw + j, load(dw + j, n) + g * (v * inverse), n);
+        if (dw) store_ordered(dw, j, load_ordered(dw, j, n) + g * (v * inverse), n);
       });
     }
 }
@@ -118,6 +120,7 @@ Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows 
     using T = decltype(t);
     using W = decltype(w);
     using A = Acc<T>;
+    constexpr int64_t kPair = 2 * kLanes<A>;  // elements of a pair of vectors
     const int64_t rows = count(h_rows), parts = rmsnorm_bwd_parts(rows);
     const bool past = past_cache(static_cast<T*>(dx), rows, D, D);
     A* sums = dweight ? static_cast<A*>(partial) : nullptr;  // (parts, D)
@@ -129,10 +132,12 @@ Status rmsnorm_bwd(void* dx, void* dweight, void* partial, const void* dy, Rows 
                          past);
     });
     if (!dweight) return kOk;
-    parallel_for(stream, D, grain_rows(parts), [&](int64_t begin, int64_t end) {
-      for_each_vec<A>(end - begin, [&](int64_t j, auto n) {
+    const int64_t pairs = (D + kPair - 1) / kPair;
+    parallel_for(stream, pairs, grain_rows(kPair * parts), [&](int64_t begin, int64_t end) {
+      begin *= kPair;
+      for_each_vec<Columns<T, W>>(least(end * kPair, D) - begin, [&](int64_t j, auto n) {
         Vec<A> total{};
-        for (int64_t p = 0; p < parts; p++) total += load(sums + p * D + begin + j, n);
+        for (int64_t p = 0; p < parts; p++) total += load_ordered(sums + p * D, begin + j, n);
         store(static_cast<W*>(dweight) + begin + j, total, n);
       });
     });

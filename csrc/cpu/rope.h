@@ -2,7 +2,7 @@
 //
 // A token's table row is read once, for all its heads. Interleaved pairs are rotated as
 //   y = x * (c0 c0 c1 c1 ..) + swap(x) * (-s0 s0 -s1 s1 ..),  swap exchanging neighbours,
-// with the two factors spread out once per token.
+// with the two factors spread out once per token; but where vectors go in pairs, as they are.
 #pragma once
 #include "parallel.h"
 
@@ -22,9 +22,26 @@ template <class T, class W>
 void rope_token_interleaved(T* y, const T* x, int64_t x_head_stride, const W* cos, const W* sin,
                             Acc<T> sign, int64_t H, int64_t D, bool past) {
   using A = Acc<T>;
+  int64_t begin = 0;
+  if constexpr (kInPairs<T>) {
+    constexpr int64_t kPair = 2 * kLanes<A>;
+    begin = D / kPair * kPair;
+    for (int64_t h = 0; h < H; h++)
+      for (int64_t j = 0; j < begin; j += kPair) {
+        OddKept kept;
+        const Odd odd{kept};
+        const Even even{kept};
+        const T* in = x + h * x_head_stride + j;
+        T* out = y + h * D + j;
+        const Vec<A> cj = load(cos + j / 2), sj = load(sin + j / 2) * sign;
+        const Vec<A> a = load(in, even), b = load(in, odd);
+        store(out, a * sj + b * cj, odd, past);
+        store(out, a * cj - b * sj, even, past);
+      }
+  }
   alignas(64) A c[kRopeChunk], s[kRopeChunk];
-  for (int64_t begin = 0; begin < D; begin += kRopeChunk) {
-    const int64_t width = D - begin < kRopeChunk ? D - begin : kRopeChunk;
+  for (; begin < D; begin += kRopeChunk) {
+    const int64_t width = least(D - begin, kRopeChunk);
     for_each_vec<A>(width / 2, [&](int64_t j, auto n) {
       const Vec<A> cj = load(cos + begin / 2 + j, n), sj = load(sin + begin / 2 + j, n) * sign;
       for (int i = 0; i < kLanes<A> && j + i < width / 2; i++) {
@@ -48,16 +65,24 @@ template <class T, class W>
 void rope_token_halves(T* y, const T* x, int64_t x_head_stride, const W* cos, const W* sin,
                        Acc<T> sign, int64_t H, int64_t D, bool past) {
   using A = Acc<T>;
+  alignas(64) A c[kRopeChunk], s[kRopeChunk];  // in the order of the vectors
   const int64_t half = D / 2;
-  for (int64_t h = 0; h < H; h++) {
-    const T* in = x + h * x_head_stride;
-    T* out = y + h * D;
-    for_each_vec<A>(half, [&](int64_t j, auto n) {
-      const Vec<A> c = load(cos + j, n), s = load(sin + j, n) * sign;
-      const Vec<A> a = load(in + j, n), b = load(in + half + j, n);
-      store(out + j, a * c - b * s, n, past);
-      store(out + half + j, a * s + b * c, n, past);
+  for (int64_t begin = 0; begin < half; begin += kRopeChunk) {
+    const int64_t width = least(half - begin, kRopeChunk);
+    for_each_vec<T>(width, [&](int64_t j, auto n) {
+      store_ordered(c, j, load(cos + begin + j, n), n);
+      store_ordered(s, j, load(sin + begin + j, n) * sign, n);
     });
+    for (int64_t h = 0; h < H; h++) {
+      const T* in = x + h * x_head_stride + begin;
+      T* out = y + h * D + begin;
+      for_each_vec<T>(width, [&](int64_t j, auto n) {
+        const Vec<A> cj = load_ordered(c, j, n), sj = load_ordered(s, j, n);
+        const Vec<A> a = load(in + j, n), b = load(in + half + j, n);
+        store(out + j, a * cj - b * sj, n, past);
+        store(out + half + j, a * sj + b * cj, n, past);
+      });
+    }
   }
 }
 

@@ -15,7 +15,7 @@ Status swiglu_fwd(void* out, const void* gate, Rows gate_rows, const void* up, R
       for (int64_t i = begin; i < end; i++) {
         const T *g_row = row<T>(gate, gate_rows, i), *u_row = row<T>(up, up_rows, i);
         T* out_row = static_cast<T*>(out) + i * F;
-        for_each_vec<Acc<T>>(F, [&](int64_t j, auto n) {
+        for_each_vec<T>(F, [&](int64_t j, auto n) {
           const Vec<Acc<T>> g = load(g_row + j, n);
           store(out_row + j, g * sigmoid<T>(g) * load(u_row + j, n), n, past);
         });
@@ -39,7 +39,7 @@ Status swiglu_bwd(void* dgate, void* dup, int64_t grad_stride, const void* dout,
         const T* u_row = row<T>(up, up_rows, i);
         T* dg_row = static_cast<T*>(dgate) + i * grad_stride;
         T* du_row = static_cast<T*>(dup) + i * grad_stride;
-        for_each_vec<Acc<T>>(F, [&](int64_t j, auto n) {
+        for_each_vec<T>(F, [&](int64_t j, auto n) {
           const Vec<Acc<T>> d = load(d_row + j, n), g = load(g_row + j, n), s = sigmoid<T>(g);
           store(dg_row + j, d * load(u_row + j, n) * s * (1 + g * (1 - s)), n, past);
           store(du_row + j, d * (g * s), n, past);
