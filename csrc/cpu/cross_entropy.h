@@ -25,6 +25,7 @@ template <class T> Acc<T> sum_of_exp(const T* z, int64_t V, Acc<T> shift) {
   using A = Acc<T>;
   Vec<A> sums[4] = {};
   for_each_vec<T>(V, sums, [&](int64_t j, auto n, Vec<A>& s) {
+    fetch_ahead(z + j, n);
     s += exp_near(load_or(-std::numeric_limits<A>::infinity(), z + j, n) - shift);
   });
   return sum(sums);
@@ -127,6 +128,7 @@ Status cross_entropy_bwd(void* dlogits, const void* logits, Rows logits_rows, co
           at_target = (p - on_target) * dl + p * of_z_loss;
         }
         for_each_vec<T>(V, [&](int64_t j, auto n) {
+          fetch_ahead(z + j, n);
           store(dz + j, exp_to<T>(load(z + j, n) - row_lse) * scale - even, n);
         });
         if (is_column) store(dz + target[i], at_target, 1);

@@ -9,7 +9,7 @@ using MaybeTensor = std::optional<Tensor>;
 // cu_seqlens of queries or keys: rising offsets from 0 to `total`. Values are checked on the CPU.
 void check_offsets(const char* arg, const Tensor& cu, int64_t total, const Tensor& q) {
   check(cu.dim() == 1 && cu.size(0) >= 1, kOp, ": ", arg, ": expected shape (sequences + 1,), got ",
-        shape_text(cu));
+        ShapeOf{cu});
   check(cu.scalar_type() == ScalarType::Int && cu.is_contiguous(), kOp, ": ", arg,
         ": expected contiguous int32, got ", dtype_text(cu.scalar_type()));
   check_same_device(kOp, arg, cu, "q", q);
@@ -36,13 +36,14 @@ struct Inputs {
           "got only one of them");
     const int64_t dims = packed ? 3 : 4;
     check(q_in.dim() == dims, kOp, ": q: expected shape ", packed ? "(N, H, D)" : "(B, T, H, D)",
-          packed ? " with" : " without", " cu_seqlens, got ", shape_text(q_in));
+          packed ? " with" : " without", " cu_seqlens, got ", ShapeOf{q_in});
     const int64_t heads = dims - 2, token = dims - 3;
     const int64_t B = packed ? cu_q->size(0) - 1 : q_in.size(0), D = q_in.size(dims - 1);
     const bool fits =
         k_in.dim() == dims && (packed || k_in.size(0) == B) && k_in.size(dims - 1) == D;
-    check(fits, kOp, ": k: expected shape ", packed ? "(N" : "(", packed ? "" : std::to_string(B),
-          packed ? ", Hkv, " : ", S, Hkv, ", D, "), got ", shape_text(k_in));
+    if (!fits && packed)
+      fail(kOp, ": k: expected shape (N, Hkv, ", D, "), got ", ShapeOf{k_in});
+    check(fits, kOp, ": k: expected shape (", B, ", S, Hkv, ", D, "), got ", ShapeOf{k_in});
     const int64_t H = q_in.size(heads), Hkv = k_in.size(heads);
     check(Hkv > 0 ? H % Hkv == 0 : H == 0, kOp, ": k: expected a number of heads that divides the ",
           H, " of q, got ", Hkv);
@@ -95,10 +96,10 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double sc
   Tensor o = new_like(q), lse = in.new_lse();
   if (lse.numel() == 0) return {o, lse};
   const int64_t parts = backend.get(&Kernels::attention_fwd_parts)(&in.a);
-  Tensor partial = none(lse);
+  MaybeTensor partial;
   if (parts > 1) partial = new_tensor({parts, lse.numel(), in.a.D + 1}, acc_dtype(q), q);
   backend.run(&Kernels::attention_fwd, o.mutable_data_ptr(), lse.mutable_data_ptr(),
-              parts > 1 ? partial.mutable_data_ptr() : nullptr, &in.a);
+              partial ? partial->mutable_data_ptr() : nullptr, &in.a);
   return {o, lse};
 }
 

@@ -4,12 +4,11 @@
 
 namespace lx {
 
-std::string shape_text(const Tensor& t) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t i = 0; i < t.dim(); i++) text << (i ? ", " : "") << t.size(i);
-  text << (t.dim() == 1 ? ",)" : ")");
-  return text.str();
+std::ostream& operator<<(std::ostream& sentence, ShapeOf shape) {
+  const Tensor& t = shape.t;
+  sentence << '(';
+  for (int64_t i = 0; i < t.dim(); i++) sentence << (i ? ", " : "") << t.size(i);
+  return sentence << (t.dim() == 1 ? ",)" : ")");
 }
 
 const char* dtype_text(ScalarType dtype) {
@@ -31,8 +30,9 @@ void Backend::check_status(Status status) const {
         " has no kernel for these dtypes and sizes");
   check(status != kOutOfMemory, op, ": ", kernels->name,
         " can't allocate memory for its intermediate results");
-  check(status == kOk, op, ": ", kernels->name, " failed to launch",
-        kernels->last_error ? std::string(": ") + kernels->last_error() : "");
+  if (status != kOk)
+    fail(op, ": ", kernels->name, " failed to launch", kernels->last_error ? ": " : "",
+         kernels->last_error ? kernels->last_error() : "");
 }
 
 DType dtype_of(const char* op, const char* arg, const Tensor& t) {
@@ -60,8 +60,8 @@ void check_same_shape(const char* op, const char* arg, const Tensor& t, const ch
                       const Tensor& like) {
   bool same = t.dim() == like.dim();
   for (int64_t i = 0; same && i < t.dim(); i++) same = t.size(i) == like.size(i);
-  check(same, op, ": ", arg, ": expected the shape of ", like_arg, ", ", shape_text(like), ", got ",
-        shape_text(t));
+  check(same, op, ": ", arg, ": expected the shape of ", like_arg, ", ", ShapeOf{like}, ", got ",
+        ShapeOf{t});
 }
 
 void check_same_dtype(const char* op, const char* arg, const Tensor& t, const char* like_arg,

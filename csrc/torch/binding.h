@@ -31,7 +31,9 @@ template <class... Parts> void check(bool ok, const Parts&... parts) {
   if (!ok) [[unlikely]] fail(parts...);
 }
 
-std::string shape_text(const Tensor& t);  // "(2, 3)"
+// The shape of t as a part of a sentence: "(2, 3)".
+struct ShapeOf { const Tensor& t; };
+std::ostream& operator<<(std::ostream& sentence, ShapeOf shape);
 const char* dtype_text(ScalarType dtype);  // "bfloat16"
 
 // The kernels that serve a tensor, and where their work goes. While it lives, the tensor's GPU is

@@ -17,12 +17,12 @@ void check_cache(const char* arg, const Tensor& cache, const Tensor& slots, cons
   const bool fits = cache.dim() == 3 && cache.size(2) == head_dim &&
                     cache.size(1) * head_dim == width && cache.is_cpu() && cache.is_contiguous();
   check(fits, kOp, ": ", arg, ": expected a contiguous CPU tensor of shape (S, ",
-        width / head_dim, ", ", head_dim, "), got ", shape_text(cache));
+        width / head_dim, ", ", head_dim, "), got ", ShapeOf{cache});
   check_same_dtype(kOp, arg, cache, "x", x);
   const int64_t N = x.size(1), S = cache.size(0);
   check(slots.dim() == 1 && slots.size(0) == N && slots.scalar_type() == ScalarType::Long &&
             slots.is_cpu() && slots.is_contiguous(),
-        kOp, ": slots: expected int64 of shape (", N, ",), got ", shape_text(slots));
+        kOp, ": slots: expected int64 of shape (", N, ",), got ", ShapeOf{slots});
   const auto* at = static_cast<const int64_t*>(slots.const_data_ptr());
   for (int64_t i = 0; i < N; i++)
     check(at[i] >= 0 && at[i] < S, kOp, ": slots: expected 0 to ", S - 1, ", got ", at[i]);
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> block_cached(Tensor x, std::optional<Tensor> residual
                                         bool interleaved, Tensor cos, Tensor sin, Tensor k_cache,
                                         Tensor v_cache, Tensor slots, Tensor cu_q, Tensor cu_k) {
   check(x.is_cpu() && x.dim() == 3 && x.size(0) == 1 && x.numel() > 0, kOp,
-        ": x: expected a CPU tensor of shape (1, N, C), got ", shape_text(x));
+        ": x: expected a CPU tensor of shape (1, N, C), got ", ShapeOf{x});
   check(weights.size() == 9, kOp, ": weights: expected 9, got ", weights.size());
   const Tensor &attention_norm = weights[0], &wq = weights[1], &wk = weights[2], &wv = weights[3],
                &wo = weights[4], &ffn_norm = weights[5], &w1 = weights[6], &w3 = weights[7],
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> block_cached(Tensor x, std::optional<Tensor> residual
     return head_dim > 0 && w.dim() == 2 && w.size(0) > 0 && w.size(0) % head_dim == 0;
   };
   check(whole_heads(wq) && whole_heads(wk), kOp, ": weights: expected heads of ", head_dim,
-        ", got weights of queries ", shape_text(wq), " and of keys ", shape_text(wk));
+        ", got weights of queries ", ShapeOf{wq}, " and of keys ", ShapeOf{wk});
   check_same_shape(kOp, "weights of values", wv, "weights of keys", wk);
   check_cache("k_cache", k_cache, slots, x, wk.size(0), head_dim);
   check_cache("v_cache", v_cache, slots, x, wk.size(0), head_dim);

@@ -12,8 +12,8 @@ Tensor checked_target(const Tensor& logits, const Tensor& target) {
         dtype_text(target.scalar_type()));
   bool same = target.dim() == logits.dim() - 1;
   for (int64_t i = 0; same && i < target.dim(); i++) same = target.size(i) == logits.size(i);
-  check(same, kOp, ": target: expected the shape of logits, ", shape_text(logits),
-        ", without the last, got ", shape_text(target));
+  check(same, kOp, ": target: expected the shape of logits, ", ShapeOf{logits},
+        ", without the last, got ", ShapeOf{target});
   check_same_device(kOp, "target", target, "logits", logits);
   return with_contiguous_last(target, target.dim());
 }
@@ -39,9 +39,9 @@ void backward(Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const 
   check(dloss.scalar_type() == acc_dtype(logits) && (dloss.numel() == 1 || dloss.is_contiguous()) &&
             (dloss.numel() == 1 || dloss.numel() == z.count),
         kOp, ": dloss: expected one ", dtype_text(acc_dtype(logits)), " for all rows or each of ",
-        z.count, ", got ", shape_text(dloss), " ", dtype_text(dloss.scalar_type()));
+        z.count, ", got ", ShapeOf{dloss}, " ", dtype_text(dloss.scalar_type()));
   check(lse.scalar_type() == acc_dtype(logits) && lse.numel() == z.count && lse.is_contiguous(),
-        kOp, ": lse: expected what the forward returned, got ", shape_text(lse), " ",
+        kOp, ": lse: expected what the forward returned, got ", ShapeOf{lse}, " ",
         dtype_text(lse.scalar_type()));
   if (dlogits.numel())
     backend.run(&Kernels::cross_entropy_bwd, dlogits.mutable_data_ptr(), z.data(),

@@ -19,7 +19,7 @@ struct Linear {
   Linear(const char* op, const Tensor& x, const Tensor& weight, ScalarType weight_dtype) {
     K = x.size(x.dim() - 1);
     check(weight.dim() == 2 && weight.size(1) == K, op, ": weight: expected shape (N, ", K,
-          "), K the last of x, got ", shape_text(weight));
+          "), K the last of x, got ", ShapeOf{weight});
     check(weight.scalar_type() == weight_dtype, op, ": weight: expected ", dtype_text(weight_dtype),
           ", got ", dtype_text(weight.scalar_type()));
     check_same_device(op, "weight", weight, "x", x);
@@ -66,7 +66,7 @@ Tensor linear_int8(Tensor x, Tensor weight, Tensor scale) {
   const RowView in = rows_of(op, x);
   const Linear l(op, x, weight, ScalarType::Char);
   check(scale.dim() == 1 && scale.size(0) == l.N, op, ": scale: expected shape (", l.N,
-        ",), the first of weight, got ", shape_text(scale));
+        ",), the first of weight, got ", ShapeOf{scale});
   check(scale.scalar_type() == ScalarType::Float, op, ": scale: expected float32, got ",
         dtype_text(scale.scalar_type()));
   check_same_device(op, "scale", scale, "x", x);

@@ -7,7 +7,7 @@ void check_inputs(const char* op, const Tensor& x, const Tensor& weight) {
   check(x.dim() >= 1, op, ": x: expected shape (..., D), got ()");
   const int64_t D = x.size(x.dim() - 1);
   check(weight.dim() == 1 && weight.size(0) == D, op, ": weight: expected shape (", D,
-        ",), the last of x, got ", shape_text(weight));
+        ",), the last of x, got ", ShapeOf{weight});
   check_same_device(op, "weight", weight, "x", x);
 }
 
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> backward(const char* op, const Tensor& dy, const Tens
   if (dh) check_like(op, "dh", *dh, "x", h);
   const RowView grad(dy), grad_h(dh ? *dh : dy), in(h);
   check(rstd.numel() == in.count && rstd.scalar_type() == acc_dtype(h) && rstd.is_contiguous(), op,
-        ": rstd: expected what the forward returned, got ", shape_text(rstd), " ",
+        ": rstd: expected what the forward returned, got ", ShapeOf{rstd}, " ",
         dtype_text(rstd.scalar_type()));
   const DType dtype = dtype_of(op, "x", h), weight_dtype = second_dtype(op, "weight", weight, h);
   const Tensor w = with_contiguous_last(weight, 1);

@@ -16,7 +16,7 @@ struct Tables {
     check((shared || (cos.dim() == 3 && cos.size(0) == B)) && cos.size(cos.dim() - 2) == T &&
               cos.size(cos.dim() - 1) == pairs,
           op, ": cos: expected shape (", T, ", ", pairs, ") or (", B, ", ", T, ", ", pairs,
-          "), got ", shape_text(cos));
+          "), got ", ShapeOf{cos});
     check_same_device(op, "cos", cos, "x", x);
     check_like(op, "sin", sin, "cos", cos);
     cos = with_contiguous_last(cos, 1);
@@ -32,7 +32,7 @@ struct Tables {
 };
 
 void check_heads(const char* op, const char* arg, const Tensor& x) {
-  check(x.dim() == 4, op, ": ", arg, ": expected shape (B, T, H, D), got ", shape_text(x));
+  check(x.dim() == 4, op, ": ", arg, ": expected shape (B, T, H, D), got ", ShapeOf{x});
   check(x.size(3) % 2 == 0, op, ": ", arg, ": expected an even last dimension, got ", x.size(3));
 }
 
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, b
   check_heads("rope_qk", "k", k);
   const bool fits = k.size(0) == q.size(0) && k.size(1) == q.size(1) && k.size(3) == q.size(3);
   check(fits, "rope_qk: k: expected shape (", q.size(0), ", ", q.size(1), ", Hkv, ", q.size(3),
-        "), got ", shape_text(k));
+        "), got ", ShapeOf{k});
   check_same_dtype("rope_qk", "k", k, "q", q);
   check_same_device("rope_qk", "k", k, "q", q);
   const Tables tables("rope_qk", cos, sin, q);

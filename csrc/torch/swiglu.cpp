@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> swiglu_bwd(Tensor dout, Tensor gate, Tensor up) {
 Tensor swiglu_halves_bwd(Tensor dout, Tensor gate_up) {
   const int64_t dim = gate_up.dim() - 1;
   check(dim >= 0 && gate_up.size(dim) % 2 == 0,
-        "swiglu: gate: expected shape (..., 2F) where up is not given, got ", shape_text(gate_up));
+        "swiglu: gate: expected shape (..., 2F) where up is not given, got ", ShapeOf{gate_up});
   const int64_t F = gate_up.size(dim) / 2;
   Tensor grad = new_like(gate_up);
   auto* dgate = static_cast<char*>(grad.mutable_data_ptr());
