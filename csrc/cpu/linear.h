@@ -1,13 +1,12 @@
 // Products with weights of the data's dtype, for few rows, and with int8 weights. Formulas in
 // csrc/api.h.
 //
-// Every output is a sum along K, in vectors, kRowsAtOnce rows of x by kColumns rows of w at a time.
-// Up to kRowsAtOnce rows of x, weights go from memory into registers once. With more, all rows of x
-// meet a block of rows of w that stays in L2; int8 is first widened there into scratch. (It is
-// exact in bf16 and fp32, so that nothing is rounded before the store.) In bf16, where there is
-// AMX, more rows than that go to linear_amx.h.
+// Up to kRowsAtOnce rows of x, weights go from memory into registers once: every output is a sum
+// along K, in vectors, kRowsAtOnce rows of x by kColumns rows of w at a time. More rows go to
+// linear_tiles.h: where there is AMX, and with int8 weights. (int8 is exact in bf16 and fp32, so
+// that nothing is rounded before the store.)
 #pragma once
-#include "linear_amx.h"
+#include "linear_tiles.h"
 #include "tiles.h"
 
 LX_NAMESPACE_BEGIN
@@ -19,31 +18,36 @@ constexpr int64_t kMostBlockRows = 64;
 // Factors that are summed by themselves first: short chains round less than one long one.
 template <class E> constexpr int64_t kChain = 16 * kFactors<E>;
 
-// y (rows, columns), of rows N apart, for `rows` <= kRows rows of x and `columns` <= kColumns rows
-// of w. Where there are fewer, the last is computed again and not stored. scale null: all 1.
+// How many of them a tile of kRows rows takes: of 16 registers, 4 x 4 sums leave none.
+template <int kRows>
+constexpr int kTileColumns = kVecBytes < 64 && kRows == kRowsAtOnce ? 3 : kColumns;
+
+// y (rows, columns), of rows N apart, for `rows` <= kRows rows of x and `columns` <= kTileColumns
+// rows of w. Where there are fewer, the last is computed again and not stored. scale null: all 1.
 template <int kRows, class T, class W>
 void linear_tile(T* y, int64_t N, const T* const* x, int64_t rows, const W* w, int64_t w_stride,
                  int64_t columns, const float* scale, int64_t K) {
   using E = Factor<T>;
   using A = Acc<T>;
+  constexpr int kTile = kTileColumns<kRows>;
   const T* x_row[kRows];
-  const W* w_row[kColumns];
+  const W* w_row[kTile];
   for (int r = 0; r < kRows; r++) x_row[r] = x[r < rows ? r : rows - 1];
-  for (int c = 0; c < kColumns; c++) w_row[c] = w + (c < columns ? c : columns - 1) * w_stride;
+  for (int c = 0; c < kTile; c++) w_row[c] = w + (c < columns ? c : columns - 1) * w_stride;
 
-  Vec<A> totals[kRows][kColumns] = {}, sums[kRows][kColumns];
+  Vec<A> totals[kRows][kColumns] = {}, sums[kRows][kTile];
   const auto add = [&](int64_t k, auto... n) {
-    Vec<A> b[kColumns];
+    Vec<A> b[kTile];
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; c++) {
+    for (int c = 0; c < kTile; c++) {
       b[c] = factors<E>(w_row[c] + k, n...);
-      __builtin_prefetch(w_row[c] + k + kColumns * w_stride);
+      __builtin_prefetch(w_row[c] + k + kTile * w_stride);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; r++) {
       const Vec<A> a = factors<E>(x_row[r] + k, n...);
 #pragma GCC unroll 4
-      for (int c = 0; c < kColumns; c++) sums[r][c] = multiply_add<E>(sums[r][c], a, b[c]);
+      for (int c = 0; c < kTile; c++) sums[r][c] = multiply_add<E>(sums[r][c], a, b[c]);
     }
   };
   for (int64_t k = 0; k < K;) {
@@ -52,7 +56,7 @@ void linear_tile(T* y, int64_t N, const T* const* x, int64_t rows, const W* w, i
     for (; k + kFactors<E> <= end; k += kFactors<E>) add(k);
     if (k < end) add(k, end - k), k = end;
     for (int r = 0; r < kRows; r++)
-      for (int c = 0; c < kColumns; c++) totals[r][c] += sums[r][c];
+      for (int c = 0; c < kTile; c++) totals[r][c] += sums[r][c];
   }
   for (int r = 0; r < rows; r++) {
     A out[kColumns];
@@ -70,9 +74,9 @@ void linear_columns(T* y, int64_t N, const void* x, const Rows& x_rows, int64_t 
     const int64_t rows = least(kRows, M - m);
     const T* x_row[kRows];
     for (int r = 0; r < rows; r++) x_row[r] = row<T>(x, x_rows, m + r);
-    for (int64_t n = begin; n < end; n += kColumns)
+    for (int64_t n = begin; n < end; n += kTileColumns<kRows>)
       linear_tile<kRows>(y + m * N + n, N, x_row, rows, w_begin + (n - begin) * w_stride, w_stride,
-                         least(kColumns, end - n), scale ? scale + n : nullptr, K);
+                         least(kTileColumns<kRows>, end - n), scale ? scale + n : nullptr, K);
   }
 }
 
@@ -90,19 +94,6 @@ template <class T, class... Args> void linear_columns_of(int64_t M, T* y, const 
 inline int64_t block_of_rows(int64_t bytes) {
   const int64_t block = kBlockBytes / bytes / kColumns * kColumns;
   return least(kMostBlockRows, block < kColumns ? kColumns : block);
-}
-
-// Widened rows of w, `padded` factors apart.
-template <class E, class W>
-void widen_rows(W* out, int64_t padded, const int8_t* w, int64_t w_stride, int64_t rows,
-                int64_t K) {
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t k = 0; k < K; k += kFactors<E>) {
-      const int64_t left = K - k;
-      const int8_t* from = w + i * w_stride + k;
-      const Vec<Acc<E>> v = left < kFactors<E> ? factors<E>(from, left) : factors<E>(from);
-      memcpy(out + i * padded + k, &v, sizeof v);
-    }
 }
 
 // The columns of quads [first, last) of kColumns each of y = x w^T (scale), w as it lies.
@@ -126,7 +117,8 @@ Status linear(void* const* y, const void* x, Rows x_rows, const void* const* w,
     const auto* const* weights = reinterpret_cast<const T* const*>(w);
     if constexpr (kAmx<T>)
       if (lx::LX_ISA::count(x_rows) > kRowsAtOnce)
-        return linear_amx(y, x, x_rows, weights, w_stride, nullptr, N, count, K, stream);
+        return linear_tiles(reinterpret_cast<T* const*>(y), x, x_rows, weights, w_stride, nullptr,
+                            N, count, K, stream);
     int64_t quads = 0;
     for (int i = 0; i < count; i++) quads += quads_of(N[i]);
     parallel_for(stream, quads, grain_rows(kColumns * K), [&](int64_t first, int64_t last) {
@@ -146,31 +138,13 @@ Status linear_int8(void* y, const void* x, Rows x_rows, const int8_t* w, int64_t
                    const float* scale, int64_t N, int64_t K, DType dtype, Stream stream) {
   return dispatch(dtype, [&](auto t) {
     using T = decltype(t);
-    using E = Factor<T>;
-    const int64_t M = count(x_rows), padded = round_up(K + 1, kFactors<E>);
-    if (M <= kRowsAtOnce) {
-      parallel_for(stream, quads_of(N), grain_rows(kColumns * K), [&](int64_t first, int64_t last) {
-        linear_quads(static_cast<T*>(y), x, x_rows, w, w_stride, scale, N, K, first, last);
-      });
-      return kOk;
-    }
-    if constexpr (kAmx<T>)
-      return linear_amx(&y, x, x_rows, &w, &w_stride, scale, &N, 1, K, stream);
-    const int64_t block = block_of_rows(padded * sizeof(E));
-    std::atomic<bool> out_of_memory{false};
-    parallel_for(stream, (N + block - 1) / block, grain_rows(block * K),
-                 [&](int64_t first, int64_t last) {
-      const Scratch scratch(block * padded * sizeof(E));
-      auto* wide = reinterpret_cast<E*>(scratch.begin());  // (block, padded)
-      if (!wide) out_of_memory = true;
-      for (int64_t b = first; wide && b < last; b++) {
-        const int64_t begin = b * block, end = least(begin + block, N);
-        widen_rows<E>(wide, padded, w + begin * w_stride, w_stride, end - begin, K);
-        linear_columns<kRowsAtOnce>(static_cast<T*>(y), N, x, x_rows, M, wide, padded, scale, K,
-                                  begin, end);
-      }
+    T* out = static_cast<T*>(y);
+    if (count(x_rows) > kRowsAtOnce)
+      return linear_tiles(&out, x, x_rows, &w, &w_stride, scale, &N, 1, K, stream);
+    parallel_for(stream, quads_of(N), grain_rows(kColumns * K), [&](int64_t first, int64_t last) {
+      linear_quads(out, x, x_rows, w, w_stride, scale, N, K, first, last);
     });
-    return out_of_memory ? kOutOfMemory : kOk;
+    return kOk;
   });
 }
 

@@ -51,13 +51,15 @@ template <class E> inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Acc<E> a, Vec<
     return c + a * b;
 }
 
-// The sums of kTileRows rows by kVecs vectors of columns over K units.
+// The sums of kTileRows rows by kVecs vectors of columns over K units. A narrow tile takes turns with
+// two sets of sums, so that no addition waits for the one before.
 template <class E, int kVecs> struct Tile {
+  static constexpr int kSets = kVecs == 1 ? 2 : 1;
   using A = Acc<E>;
-  Vec<A> sum[kTileRows<E>][kVecs] = {};
+  Vec<A> sum[kTileRows<E>][kVecs * kSets] = {};
 
   void multiply(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t K) {
-    for (int64_t k = 0; k < K; k++) {
+    const auto add = [&](int64_t k, int set) {
       Vec<A> columns[kVecs];
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; v++) columns[v] = load(b + k * ldb + v * kLanes<A>);
@@ -65,8 +67,15 @@ template <class E, int kVecs> struct Tile {
       for (int r = 0; r < kTileRows<E>; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; v++)
-          sum[r][v] = multiply_add<E>(sum[r][v], a[r * lda + k], columns[v]);
-    }
+          sum[r][set + v] = multiply_add<E>(sum[r][set + v], a[r * lda + k], columns[v]);
+    };
+    int64_t k = 0;
+    for (; k + kSets <= K; k += kSets)
+#pragma GCC unroll 2
+      for (int set = 0; set < kSets; set++) add(k + set, set);
+    if (k < K) add(k, 0);
+    if constexpr (kSets == 2)
+      for (int r = 0; r < kTileRows<E>; r++) sum[r][0] += sum[r][1];
   }
 };
 
