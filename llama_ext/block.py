@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as nn_module
 
 from .layers import CausalSelfAttention, FeedForward, Linear, RMSNorm, RotaryEmbedding, SwiGLU
 from .ops._library import autocast_dtype, fake, kernel, single_backward
@@ -244,13 +245,8 @@ def _why_its_parts_are_called(block):
         own = part.__dict__
         parameters = own["_parameters"]
         weight = parameters.get("weight", own.get("weight"))
-        if type(part) is not expected:
-            why = f" is a {type(part).__name__}, not a {expected.__name__}"
-        elif (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
-              or own["_backward_pre_hooks"]):
-            why = " has a hook"
-        elif "forward" in own:
-            why = " has a forward of its own"
+        if why := _why_it_is_called(part, expected):
+            pass
         elif parameters.get("bias", own.get("bias")) is not None:
             why = " has a bias"
         elif type(weight) not in _PLAIN:
@@ -259,6 +255,16 @@ def _why_its_parts_are_called(block):
             continue
         return (f"{parent}.{name}" if parent else name) + why
     return None
+
+
+def _why_it_is_called(module, expected):
+    own = module.__dict__
+    if type(module) is not expected:
+        return f" is a {type(module).__name__}, not a {expected.__name__}"
+    if (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]):
+        return " has a hook"
+    return " has a forward of its own" if "forward" in own else None
 
 
 _PARTS = {
@@ -299,27 +305,44 @@ def _weights(block):
                     feed_forward["w2"].weight)
 
 
-_block_cached = kernel("block_cached")
+_blocks_cached = kernel("blocks_cached")
 
 
-@fake("block_cached")
+@fake("blocks_cached")
 def _(x, *args):
     return torch.empty_like(x), torch.empty_like(x)
 
 
 def runs_as_one_operator(block, x):
-    """Whether cached_block() may stand for this TransformerBlock's forward on x (1, N, C), a few
+    """Whether cached_blocks() may stand for this TransformerBlock's forward on x (1, N, C), a few
     tokens on the CPU: without gradients and autocast, all parts what TransformerBlock made."""
     return (serves(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
             and _why_its_parts_are_called(block) is None)
 
 
-def cached_block(block, x, residual, rows, cache):
-    """TransformerBlock.forward(x, residual, rows, cache) as one operator, for a CacheRows: the same
-    kernels, without a visit to Python between them."""
-    attention = block.attention
-    return _block_cached(
-        x, residual, _weights(block), block.attention_norm.eps, block.ffn_norm.eps,
+def run_as_one_operator(blocks, expected, x):
+    """Whether cached_blocks() may stand for calls of these blocks, one after the other on x: each
+    runs_as_one_operator(), all have the same options, and calling one, of the class `expected`,
+    does no more than its forward."""
+    def options(attention):
+        return attention.head_dim, attention.window, attention.rotary
+    first = options(blocks[0].attention)
+    return (runs_as_one_operator(blocks[0], x)
+            and not nn_module._global_forward_hooks
+            and not nn_module._global_forward_pre_hooks
+            and all(_why_it_is_called(block, expected) is None
+                    and block._compiled_call_impl is None and options(block.attention) == first
+                    and _why_its_parts_are_called(block) is None for block in blocks))
+
+
+def cached_blocks(blocks, x, residual, rows, k, v):
+    """TransformerBlock.forward(x, residual, rows, cache) of one block after the other as one
+    operator, for a CacheRows and caches k, v (blocks, B, S, Hkv, D): the same kernels, without a
+    visit to Python between them."""
+    attention = blocks[0].attention
+    return _blocks_cached(
+        x, residual, [weight for block in blocks for weight in _weights(block)],
+        [norm.eps for block in blocks for norm in (block.attention_norm, block.ffn_norm)],
         attention.head_dim, attention.window or 0, attention.rotary.interleaved,
-        *rows.tables(attention.rotary, x.dtype), *(t.flatten(0, 1) for t in cache), rows.slots,
+        *rows.tables(attention.rotary, x.dtype), k.flatten(1, 2), v.flatten(1, 2), rows.slots,
         *rows.cu_seqlens)

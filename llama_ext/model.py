@@ -9,7 +9,8 @@ import math
 import torch
 from torch import nn
 
-from .block import cached_block, fused_block, runs_as_one_operator, why_composed
+from .block import (cached_blocks, fused_block, run_as_one_operator, runs_as_one_operator,
+                    why_composed)
 from .layers import CacheRows, CausalSelfAttention, FeedForward, Linear, RMSNorm, RotaryEmbedding
 from .ops import linear, linear_cross_entropy
 from .quantize import Int8Linear
@@ -156,7 +157,7 @@ class TransformerBlock(nn.Module):
         if cache is None and why_composed(self) is None:
             return fused_block(self, x, residual, start_pos)
         if isinstance(start_pos, CacheRows) and runs_as_one_operator(self, x):
-            return cached_block(self, x, residual, start_pos, cache)
+            return cached_blocks([self], x, residual, start_pos, *(t[None] for t in cache))
         if residual is None:
             h, residual = self.attention_norm(x), x
         else:
@@ -230,9 +231,13 @@ class Llama(nn.Module):
             raise ValueError("Llama: tokens: expected at most max_seq_len = "
                              f"{self.config.max_seq_len} positions, got {end}")
         x, residual = self._embed(tokens), None
-        for i, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else (cache.k[i], cache.v[i])
-            x, residual = layer(x, residual, start, layer_cache)
+        layers = list(self.layers)
+        if rows is not None and run_as_one_operator(layers, TransformerBlock, x):
+            x, residual = cached_blocks(layers, x, residual, rows, cache.k, cache.v)
+        else:
+            for i, layer in enumerate(layers):
+                layer_cache = None if cache is None else (cache.k[i], cache.v[i])
+                x, residual = layer(x, residual, start, layer_cache)
         if cache is not None and rows is None:
             cache.length = end
         h, _ = self.norm(x, residual)  # (B, T, C)

@@ -1,11 +1,11 @@
-"""A transformer block over cached rows as one operator: the bits of the composition, and when."""
+"""Transformer blocks over cached rows as one operator: the bits of the composition, and when."""
 
 import pytest
 import torch
 
 import llama_ext as lx
 from harness import DTYPES, randn
-from llama_ext.block import cached_block
+from llama_ext.block import cached_blocks
 from llama_ext.generate import generate
 from llama_ext.layers import CacheRows
 from llama_ext.model import KVCache, TransformerBlock
@@ -36,7 +36,7 @@ def rows_and_inputs(dtype=torch.float32, first=False, counts=(1, 4), width=48):
 def both(block, cache, inputs, rows):
     """(outputs and cache of the operator, of the composition)."""
     found = []
-    for run in (lambda kv: cached_block(block, *inputs, rows, kv),
+    for run in (lambda kv: cached_blocks([block], *inputs, rows, *(t[None] for t in kv)),
                 lambda kv: composed(block)(*inputs, rows, kv)):
         kv = tuple(t.clone() for t in cache)
         with torch.no_grad():
@@ -87,8 +87,8 @@ def test_when_it_is_used(monkeypatch):
 
     def spy(*args):
         calls.append(1)
-        return cached_block(*args)
-    monkeypatch.setattr("llama_ext.model.cached_block", spy)
+        return cached_blocks(*args)
+    monkeypatch.setattr("llama_ext.model.cached_blocks", spy)
     block, cache = make()
     rows, inputs = rows_and_inputs()
     with torch.no_grad():
@@ -107,39 +107,125 @@ def test_when_it_is_used(monkeypatch):
     assert not calls
 
 
+def tiny_model(n_layers=3):
+    return lx.Llama(lx.LlamaConfig(dim=48, n_layers=n_layers, n_heads=6, n_kv_heads=2,
+                                   vocab_size=50, hidden_dim=80, max_seq_len=32))
+
+
 def test_a_model_generates_through_it(monkeypatch):
-    config = lx.LlamaConfig(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=50,
-                            hidden_dim=80, max_seq_len=32)
-    model, prompts = lx.Llama(config), [[3, 4, 5], [7], [9, 9, 2, 1]]
+    model, prompts = tiny_model(), [[3, 4, 5], [7], [9, 9, 2, 1]]
+    for i, layer in enumerate(model.layers):
+        layer.attention_norm.eps, layer.ffn_norm.eps = 0.1 * i, 0.1 * i + 0.05
     with_it = generate(model, prompts, 10, seed=1)
+    monkeypatch.setattr("llama_ext.model.run_as_one_operator", lambda *_: False)
+    assert generate(model, prompts, 10, seed=1) == with_it
     monkeypatch.setattr("llama_ext.model.runs_as_one_operator", lambda *_: False)
     assert generate(model, prompts, 10, seed=1) == with_it
+
+
+class OtherBlock(TransformerBlock):
+    pass
+
+
+def own_forward(layer):
+    layer.forward = lambda *args: TransformerBlock.forward(layer, *args)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda *_: None)
+
+
+def with_its_own_rotary(layer):
+    rotary = layer.attention.rotary
+    layer.attention.rotary = lx.layers.RotaryEmbedding(rotary.head_dim, rotary.theta)
+
+
+# What is done to the last of three layers, and how many blocks then make each operator.
+@pytest.mark.parametrize("change, expected", [
+    (lambda layer: None, [3]),
+    (hooked, [1, 1, 1]),
+    (own_forward, [1, 1, 1]),
+    (lambda layer: setattr(layer, "__class__", OtherBlock), [1, 1, 1]),
+    (lambda layer: layer.compile(backend="eager"), [1, 1]),
+    (lambda layer: hooked(layer.attention), [1, 1]),
+    (lambda layer: setattr(layer.attention, "window", 2), [1, 1, 1]),
+    (with_its_own_rotary, [1, 1, 1])])
+def test_all_layers_are_one_operator_if_alike_and_nothing_sees_one(monkeypatch, change, expected):
+    model, calls = tiny_model(), []
+
+    def spy(blocks, *args):
+        if not torch.compiler.is_compiling():
+            calls.append(len(blocks))
+        return cached_blocks(blocks, *args)
+    monkeypatch.setattr("llama_ext.model.cached_blocks", spy)
+    change(model.layers[-1])
+    caches = [KVCache(model.config, 1) for _ in range(2)]
+    with torch.no_grad():
+        for start, tokens in ((0, torch.tensor([[3, 4, 5]])), (3, torch.tensor([[6]]))):
+            rows = CacheRows([0], [start], [tokens.shape[1]], (1, 32))
+            calls.clear()
+            got = model(tokens, cache=caches[0], rows=rows)
+            assert calls == expected
+            with monkeypatch.context() as patch:
+                for name in ("run_as_one_operator", "runs_as_one_operator"):
+                    patch.setattr(f"llama_ext.model.{name}", lambda *_: False)
+                assert torch.equal(got, model(tokens, cache=caches[1], rows=rows))
+
+
+def test_global_hooks_see_every_layer():
+    model, seen = tiny_model(), []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(type(module)))
+    try:
+        with torch.no_grad():
+            model(torch.tensor([[3]]), cache=KVCache(model.config, 1),
+                  rows=CacheRows([0], [0], [1], (1, 32)))
+    finally:
+        hook.remove()
+    assert seen.count(TransformerBlock) == 3
 
 
 @pytest.mark.parametrize("change, sentence", [
     ({"x": randn(2, 1, 48)}, r"x: expected a CPU tensor of shape \(1, N, C\), got \(2, 1, 48\)"),
     ({"slots": torch.tensor([1, 21])}, "slots: expected 0 to 20, got 21"),
     ({"slots": torch.tensor([1])}, r"slots: expected int64 of shape \(2,\), got \(1,\)"),
-    ({"k_cache": randn(21, 2, 8).half()}, "k_cache: expected the dtype of x, float32, got float16"),
-    ({"k_cache": randn(2, 21, 8).transpose(0, 1)},
-     r"k_cache: expected a contiguous CPU tensor of shape \(S, 2, 8\), got \(21, 2, 8\)"),
-    ({"v_cache": randn(21, 1, 8)},
-     r"v_cache: expected a contiguous CPU tensor of shape \(S, 2, 8\), got \(21, 1, 8\)"),
+    ({"k_cache": randn(1, 21, 2, 8).half()},
+     "k_cache: expected the dtype of x, float32, got float16"),
+    ({"k_cache": randn(1, 2, 21, 8).transpose(1, 2)},
+     r"k_cache: expected a contiguous CPU tensor of shape \(1, S, 2, 8\), got \(1, 21, 2, 8\)"),
+    ({"k_cache": randn(2, 21, 2, 8)},
+     r"k_cache: expected a contiguous CPU tensor of shape \(1, S, 2, 8\), got \(2, 21, 2, 8\)"),
+    ({"v_cache": randn(1, 21, 1, 8)},
+     r"v_cache: expected a contiguous CPU tensor of shape \(1, S, 2, 8\), got \(1, 21, 1, 8\)"),
+    ({"v_cache": randn(1, 20, 2, 8)},
+     r"v_cache: expected the shape of k_cache, \(1, 21, 2, 8\), got \(1, 20, 2, 8\)"),
     ({"head_dim": 0}, r"weights: expected heads of 0, got weights of queries \(48, 48\) and of "
                       r"keys \(16, 48\)"),
     ({"head_dim": 7}, r"weights: expected heads of 7, .*"),
-    ({"weights": [randn(48)] * 8}, "weights: expected 9, got 8")])
+    ({"weights": [randn(48)] * 8}, "weights: expected 9 for each block, got 8"),
+    ({"weights": []}, "weights: expected 9 for each block, got 0"),
+    ({"eps": [1e-6]}, "eps: expected 2 for each block, got 1 for 1")])
 def test_bad_input_is_one_sentence(change, sentence):
     block, cache = make()
     rows, (x, residual) = rows_and_inputs(counts=(1, 1))
     args = {"x": x, "residual": residual, "weights": [p.detach() for p in block_weights(block)],
-            "attention_eps": 1e-6, "ffn_eps": 1e-6, "head_dim": 8, "window": 0,
-            "interleaved": True, "cos": None, "sin": None, "k_cache": cache[0].flatten(0, 1),
-            "v_cache": cache[1].flatten(0, 1), "slots": rows.slots, "cu_q": rows.cu_seqlens[0],
-            "cu_k": rows.cu_seqlens[1]}
+            "eps": [1e-6, 1e-6], "head_dim": 8, "window": 0, "interleaved": True, "cos": None,
+            "sin": None, "k_cache": cache[0].flatten(0, 1)[None],
+            "v_cache": cache[1].flatten(0, 1)[None], "slots": rows.slots,
+            "cu_q": rows.cu_seqlens[0], "cu_k": rows.cu_seqlens[1]}
     args["cos"], args["sin"] = rows.tables(block.attention.rotary, torch.float32)
-    with pytest.raises(RuntimeError, match=f"^block_cached: {sentence}$"):
-        torch.ops.llama_ext.block_cached(**args | change)
+    with pytest.raises(RuntimeError, match=f"^blocks_cached: {sentence}$"):
+        torch.ops.llama_ext.blocks_cached(**args | change)
+
+
+def test_blocks_of_other_widths_are_refused():
+    (one, cache), (other, _) = make(), make(n_kv_heads=3)
+    rows, (x, residual) = rows_and_inputs(counts=(1, 1))
+    k = torch.stack([cache[0], cache[0]])
+    with torch.no_grad(), pytest.raises(
+            RuntimeError, match=r"^blocks_cached: weights of keys: expected the shape of those of "
+                                r"the first block, \(16, 48\), got \(24, 48\)$"):
+        cached_blocks([one, other], x, residual, rows, k, k)
 
 
 def block_weights(block):

@@ -16,10 +16,10 @@ template <class T, class A> inline void store(T* p, Vec<A> v, Whole<A>, bool pas
 }
 template <class T, class V> inline void store(T* p, V v, int64_t n, bool) { store(p, v, n); }
 
-// Of 2 kLanes elements every second one: the first, third and so on, or the second, fourth and so on.
-// bf16 goes in such pairs where there is no AVX-512: a register holds both, in the lower and in the
-// upper halves of its lanes, so that no element moves from lane to lane. What is stored of the odd
-// ones is kept until the even ones are stored, in the same order.
+// Of 2 kLanes elements every second one: those at 0, 2 and so on, or those at 1, 3 and so on. bf16
+// goes in such pairs where there is no AVX-512: a register holds both, in the lower and in the upper
+// halves of its lanes, so that no element moves from lane to lane. What is stored of the odd ones is
+// kept until the even ones are stored, in the same order.
 template <class T> constexpr bool kInPairs = std::is_same_v<T, bf16> && kVecBytes < 64;
 struct OddKept {
   Bits32 bits[2];

@@ -68,7 +68,9 @@ inline Vec32 at_least(float bound, Vec32 x) { return splat(bound) > x ? splat(bo
 inline Vec32 at_most(float bound, Vec32 x) { return splat(bound) < x ? splat(bound) : x; }
 #endif
 
-template <class V> inline Lane<V> sum(const V (&v)[4]) { return sum((v[0] + v[1]) + (v[2] + v[3])); }
+template <class V> inline Lane<V> sum(const V (&v)[4]) {
+  return sum((v[0] + v[1]) + (v[2] + v[3]));
+}
 
 constexpr float kLog2e = 1.44269504f;
 
@@ -122,8 +124,9 @@ inline Vec32 polynomial(Vec32 x, float first, std::initializer_list<float> other
   return p;
 }
 
-// 2^f by minimax polynomials, f from -1/2 to 1/2 (with AVX-512, 0 to 1): as exact as what it becomes
-// a part of, rounded to T, can show. The errors are 7.5e-5 (bf16), 2.6e-6 (fp16) and about 1 ulp.
+// 2^f by minimax polynomials, f from -1/2 to 1/2 (with AVX-512, 0 to 1): as exact as what it
+// becomes a part of, rounded to T, can show. The errors are 7.5e-5 (bf16), 2.6e-6 (fp16) and about
+// 1 ulp.
 template <class T> inline Vec32 exp2_fraction(Vec32 f) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, bf16>)
@@ -145,16 +148,16 @@ template <class T> inline Vec32 exp2_fraction(Vec32 f) {
 }
 
 #if defined(__AVX512F__)
-// 2^t as exact as T can show; NaN for NaN. With AVX-512 for any t; else for t from -127, which gives
-// 0, to 128, which gives inf.
+// 2^t as exact as T can show; NaN for NaN. With AVX-512 for any t; else for t from -127, which
+// gives 0, to 128, which gives inf.
 template <class T = float> inline Vec32 exp2_near(Vec32 t) {
   // t less its floor; of an infinite t, 0.
   const Vec32 f = (Vec32)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   return (Vec32)_mm512_scalef_ps((__m512)exp2_fraction<T>(f), (__m512)t);  // times 2^floor(t)
 }
 
-// e^x with half the work of exp, as exact as T can show: in fp32 the error is about 1 ulp near 0 and
-// grows with |x|. 0 for -inf and below the range of normal numbers, NaN for NaN, inf from 2^128
+// e^x with half the work of exp, as exact as T can show: in fp32 the error is about 1 ulp near 0
+// and grows with |x|. 0 for -inf and below the range of normal numbers, NaN for NaN, inf from 2^128
 // (without AVX-512, 2^127.5) on.
 template <class T = float> inline Vec32 exp_near(Vec32 x) { return exp2_near<T>(x * kLog2e); }
 
@@ -175,7 +178,9 @@ template <class T = float> inline Vec32 exp_negative(Vec32 x) {
          (Vec32)((Bits32)rounded << 23);
 }
 
-template <class T = float> inline Vec32 exp_near(Vec32 x) { return exp_negative<T>(at_most(88.8f, x)); }
+template <class T = float> inline Vec32 exp_near(Vec32 x) {
+  return exp_negative<T>(at_most(88.8f, x));
+}
 #endif
 template <class T = double> inline Vec64 exp_near(Vec64 x) { return exp(x); }
 template <class T = double> inline Vec64 exp_negative(Vec64 x) { return exp(x); }

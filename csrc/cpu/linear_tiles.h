@@ -20,7 +20,7 @@ template <class E, class T> inline Vec<Acc<E>> factors_left(const T* p, int64_t 
   return left >= kFactors<E> ? factors<E>(p) : factors<E>(p, left);
 }
 
-// out (K units, ld) = the transposed rows [first, first + kLanes) of M rows of x, 0 beyond the data.
+// out (K units, ld) = the transposed rows [first, first + kLanes) of x (M, K), 0 beyond the data.
 template <class E, class T>
 void transposed_rows(Acc<E>* out, int64_t ld, const void* x, const Rows& x_rows, int64_t M,
                      int64_t K, int64_t first) {

@@ -51,8 +51,8 @@ template <class E> inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Acc<E> a, Vec<
     return c + a * b;
 }
 
-// The sums of kTileRows rows by kVecs vectors of columns over K units. A narrow tile takes turns with
-// two sets of sums, so that no addition waits for the one before.
+// The sums of kTileRows rows by kVecs vectors of columns over K units. A narrow tile takes turns
+// with two sets of sums, so that no addition waits for the one before.
 template <class E, int kVecs> struct Tile {
   static constexpr int kSets = kVecs == 1 ? 2 : 1;
   using A = Acc<E>;

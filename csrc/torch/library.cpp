@@ -40,9 +40,10 @@ STABLE_TORCH_LIBRARY(llama_ext, m) {
   m.def("linear_int8(Tensor x, Tensor weight, Tensor scale) -> Tensor");
 
   // x (1, N, C): the newest tokens of rows of a cache, keys and values of all rows in one
-  // (S, Hkv, D), where theirs go to slots (N). weights: as block.py has them.
-  m.def("block_cached(Tensor x, Tensor? residual, Tensor[] weights, float attention_eps,"
-        " float ffn_eps, int head_dim, int window, bool interleaved, Tensor cos, Tensor sin,"
+  // (blocks, S, Hkv, D), where theirs go to slots (N). weights, eps: block by block, as block.py
+  // has them.
+  m.def("blocks_cached(Tensor x, Tensor? residual, Tensor[] weights, float[] eps,"
+        " int head_dim, int window, bool interleaved, Tensor cos, Tensor sin,"
         " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor cu_q, Tensor cu_k)"
         " -> (Tensor output, Tensor stream)");
 
@@ -75,7 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(llama_ext, CompositeExplicitAutograd, m) {
   m.impl("linear", TORCH_BOX(&lx::linear));
   m.impl("linear_int8", TORCH_BOX(&lx::linear_int8));
 
-  m.impl("block_cached", TORCH_BOX(&lx::block_cached));
+  m.impl("blocks_cached", TORCH_BOX(&lx::blocks_cached));
 
   m.impl("cpu_isa", TORCH_BOX(&lx::cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&lx::cpu_isas));

@@ -44,11 +44,11 @@ Tensor linear(Tensor x, Tensor weight);
 std::vector<Tensor> linear_each(const Tensor& x, const std::vector<Tensor>& weights);
 Tensor linear_int8(Tensor x, Tensor weight, Tensor scale);
 
-std::tuple<Tensor, Tensor> block_cached(Tensor x, std::optional<Tensor> residual,
-                                        std::vector<Tensor> weights, double attention_eps,
-                                        double ffn_eps, int64_t head_dim, int64_t window,
-                                        bool interleaved, Tensor cos, Tensor sin, Tensor k_cache,
-                                        Tensor v_cache, Tensor slots, Tensor cu_q, Tensor cu_k);
+std::tuple<Tensor, Tensor> blocks_cached(Tensor x, std::optional<Tensor> residual,
+                                         std::vector<Tensor> weights, std::vector<double> eps,
+                                         int64_t head_dim, int64_t window, bool interleaved,
+                                         Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache,
+                                         Tensor slots, Tensor cu_q, Tensor cu_k);
 
 std::string cpu_isa(std::string name);
 std::string cpu_isas();
