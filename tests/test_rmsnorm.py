@@ -19,6 +19,12 @@ def test_every_instruction_set(isa, shape, dtype):
     check_op(lx.rmsnorm_residual, lx.ref.rmsnorm_residual, x, residual, w, dtype=dtype)
 
 
+def test_weight_gradient_summed_by_two_threads(isa):
+    for dtype in (torch.bfloat16, torch.float32):
+        check_op(lx.rmsnorm, lx.ref.rmsnorm, randn(1030, 1101, dtype=dtype),
+                 randn(1101, dtype=dtype), dtype=dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout, dtype):

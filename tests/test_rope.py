@@ -126,3 +126,11 @@ def test_tables_that_want_a_gradient_are_refused():
     cos, sin = tables(3, 4)
     with pytest.raises(RuntimeError, match="^rope: cos, sin: expected tensors that require no"):
         lx.rope(randn(1, 3, 2, 8), cos.requires_grad_(), sin)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_a_nan_of_any_payload_stays_nan(isa, interleaved):
+    """All bits set: rounding to bf16 must not carry into the sign."""
+    table = torch.full((3, 20), 0x7fffffff, dtype=torch.int32).view(torch.float32)
+    x = torch.ones(1, 3, 2, 40, dtype=torch.bfloat16)
+    assert lx.rope(x, table, table, interleaved).isnan().all()
