@@ -320,7 +320,7 @@ def runs_as_one_operator(block, x):
             and _why_its_parts_are_called(block) is None)
 
 
-def run_as_one_operator(blocks, expected, x):
+def all_run_as_one_operator(blocks, expected, x):
     """Whether cached_blocks() may stand for calls of these blocks, one after the other on x: each
     runs_as_one_operator(), all have the same options, and calling one, of the class `expected`,
     does no more than its forward."""

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from .block import (cached_blocks, fused_block, run_as_one_operator, runs_as_one_operator,
+from .block import (all_run_as_one_operator, cached_blocks, fused_block, runs_as_one_operator,
                     why_composed)
 from .layers import CacheRows, CausalSelfAttention, FeedForward, Linear, RMSNorm, RotaryEmbedding
 from .ops import linear, linear_cross_entropy
@@ -232,7 +232,7 @@ class Llama(nn.Module):
                              f"{self.config.max_seq_len} positions, got {end}")
         x, residual = self._embed(tokens), None
         layers = list(self.layers)
-        if rows is not None and run_as_one_operator(layers, TransformerBlock, x):
+        if rows is not None and all_run_as_one_operator(layers, TransformerBlock, x):
             x, residual = cached_blocks(layers, x, residual, rows, cache.k, cache.v)
         else:
             for i, layer in enumerate(layers):

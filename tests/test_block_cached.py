@@ -117,7 +117,7 @@ def test_a_model_generates_through_it(monkeypatch):
     for i, layer in enumerate(model.layers):
         layer.attention_norm.eps, layer.ffn_norm.eps = 0.1 * i, 0.1 * i + 0.05
     with_it = generate(model, prompts, 10, seed=1)
-    monkeypatch.setattr("llama_ext.model.run_as_one_operator", lambda *_: False)
+    monkeypatch.setattr("llama_ext.model.all_run_as_one_operator", lambda *_: False)
     assert generate(model, prompts, 10, seed=1) == with_it
     monkeypatch.setattr("llama_ext.model.runs_as_one_operator", lambda *_: False)
     assert generate(model, prompts, 10, seed=1) == with_it
@@ -167,7 +167,7 @@ def test_all_layers_are_one_operator_if_alike_and_nothing_sees_one(monkeypatch, 
             got = model(tokens, cache=caches[0], rows=rows)
             assert calls == expected
             with monkeypatch.context() as patch:
-                for name in ("run_as_one_operator", "runs_as_one_operator"):
+                for name in ("all_run_as_one_operator", "runs_as_one_operator"):
                     patch.setattr(f"llama_ext.model.{name}", lambda *_: False)
                 assert torch.equal(got, model(tokens, cache=caches[1], rows=rows))
 
