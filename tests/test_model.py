@@ -123,7 +123,8 @@ def test_logits_loss_and_gradients_equal_transformers(config):
     assert len(ref_grads) == len(list(model.parameters()))
     for name, p in model.named_parameters():
         grad = half_split(name, p.grad, config.dim // config.n_heads)
-        check(grad, ref_grads[hf_name(name)], base_grads[hf_name(name)], what=f"gradient of {name}")
+        check(grad, ref_grads[hf_name(name)], base_grads[hf_name(name)],
+              what=f"gradient of {name}", fp32_roundings=20)  # of three layers, both ways
 
 
 def test_bf16_autocast_equals_transformers():
