@@ -15,6 +15,7 @@ vgpu_tests := $(patsubst %,tests/test_%.py,rmsnorm swiglu rope attention attenti
   cross_entropy linear_cross_entropy linear_int8 contract registration layers \
   trained_activations) \
   $(wildcard tests/test_cuda_*)
+two_processes := -n 2 --dist=worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 demo: $(bin)/built
@@ -25,8 +26,8 @@ demo: $(bin)/built
 	@$(bin)/llama-ext generate --run $(run) --prompt 'def main(' --seed 1
 
 test: $(bin)/built $(bin)/nvcc
-	$(bin)/python -m pytest -q
-	$(bin)/python -m pytest -q --backend=vgpu $(vgpu_tests)
+	$(bin)/python -m pytest -q $(two_processes)
+	$(bin)/python -m pytest -q $(two_processes) --backend=vgpu $(vgpu_tests)
 
 ifdef gpu
 # Twice: the first build may have come before the nvcc.

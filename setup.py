@@ -69,10 +69,10 @@ class BuildExt(build_ext):
         jobs += [(str(source), objects / f"{source.stem}.o",
                   ["-isystem", f"{torch}/include", "-DTORCH_TARGET_VERSION=0x020a000000000000"])
                  for source in sorted(Path("csrc/torch").glob("*.cpp"))]
-        commands = [nvcc.compile_command(source, objects / f"{source.name}.o")
-                    for source in nvcc.SOURCES if nvcc.find()]
-        commands += [[*compiler.split(), *FLAGS, *flags, "-c", source, "-o", str(target)]
-                     for source, target, flags in jobs]
+        commands = [[*compiler.split(), *FLAGS, *flags, "-c", source, "-o", str(target)]
+                    for source, target, flags in jobs]
+        commands += [nvcc.compile_command(source, objects / f"{source.name}.o")
+                     for source in nvcc.SOURCES if nvcc.find()]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             list(pool.map(self.call, commands))
         self.call([*compiler.split(), "-shared", *[str(job[1]) for job in jobs], "-o", target,

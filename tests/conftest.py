@@ -2,9 +2,14 @@ import os
 import random
 
 import pytest
-import torch
 
-import llama_ext
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # threads that spin while they wait for work would keep the others from theirs
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402  reads the variable
+
+import llama_ext  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -18,7 +23,8 @@ def pytest_configure(config):
     if config.getoption("backend") == "vgpu":
         import vgpu.library
 
-        vgpu.library.activate()
+        torch.set_num_threads(1)  # the launches have threads of their own
+        vgpu.library.activate(threads=max(os.cpu_count() // WORKERS, 1))
     elif config.getoption("backend") == "cuda":
         torch.set_default_device("cuda")  # of every tensor that a test makes
 
@@ -75,6 +81,17 @@ SUMMARY = pytest.StashKey[list]()
 def summary(pytestconfig):
     """A list of lines that are printed at the end of the run."""
     return pytestconfig.stash.setdefault(SUMMARY, [])
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # this is a worker of pytest-xdist
+        session.config.workeroutput["summary"] = session.config.stash.get(SUMMARY, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    summary = node.config.stash.setdefault(SUMMARY, [])
+    summary += getattr(node, "workeroutput", {}).get("summary", [])
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -4,7 +4,8 @@ the counters of sectors and bank conflicts."""
 import numpy as np
 import pytest
 
-from ptx_forms import decode, encode, kernel, operands
+import vgpu
+from ptx_forms import HEADER, decode, encode, kernel, operands
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])
@@ -184,3 +185,35 @@ def test_half_atomics_keep_subnormals():
                "@%c0 atom.global.add.noftz.f16 %h1, [%p0], %h0;", [cell])
         expected = encode("f16", decode("f16", a) + 2.0 ** -24)
         assert cell[0] == expected
+
+
+def test_marks_of_earlier_launches_mean_nothing():
+    """Launches are told apart by ten bits, and the marks' pages are used again: when the number of
+    a launch comes back, another block writes an element than in the one before of that number."""
+    text = (HEADER + ".visible .entry k(.param .u64 a, .param .u32 turn) { .reg .b64 %p; .reg .b32 "
+            "%r<4>; ld.param.u64 %p, [a]; ld.param.u32 %r0, [turn]; mov.u32 %r1, %ctaid.x; "
+            "xor.b32 %r1, %r1, %r0; mov.u32 %r2, %tid.x; mad.lo.u32 %r2, %r1, 32, %r2; "
+            "mad.wide.u32 %p, %r2, 4, %p; st.global.u32 [%p], %r2; ret; }")
+    device = vgpu.Device()
+    module = device.load_ptx(text)
+    kept, large = np.zeros(64, np.uint32), np.zeros(1 << 16, np.uint32)
+    device.register(kept)
+    for i in range(1023 + 2):
+        out = {0: kept, 1: np.zeros(64, np.uint32)}.get(i % 1023, large)
+        module.launch("k", 2, 32, [out, i // 1023])
+        assert (out[:64] == np.arange(64)).all()
+
+
+def test_memory_after_other_memory_is_uninitialised():
+    device = vgpu.Device()
+    copy = ("mad.wide.u32 %q0, %t, 4, %p0; ld.global.u32 %r0, [%q0]; "
+            "mad.wide.u32 %q1, %t, 4, %p1; st.global.u32 [%q1], %r0;")
+    for _ in range(3):
+        a, b = np.zeros(2048, np.uint32), device.empty(2048, np.uint32)
+        kernel(copy, [a, b], block=1024, device=device)
+        kernel(copy, [b, a], block=1024, device=device)
+        device.unregister(b)
+        b = device.empty(2048, np.uint32)
+        with pytest.raises(vgpu.Fault, match="uninitialised"):
+            kernel(copy, [b, a], device=device)
+        device.unregister(b)

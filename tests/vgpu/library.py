@@ -93,11 +93,13 @@ def library():
         [engine])
 
 
-def activate():
-    """From now on CPU tensors are served by the CUDA kernels on the virtual A100. To be called
-    before the first op. The bounds of tensors made earlier are not known."""
+def activate(threads=0):
+    """From now on CPU tensors are served by the CUDA kernels on the virtual A100, by so many
+    threads (0: one per core). To be called before the first op. The bounds of tensors made earlier
+    are not known."""
     os.environ["LLAMA_EXT_CPU_TENSORS_TO"] = str(library())
     _loaded().vgpu_own_torch_memory()
+    _loaded().vgpu_set_threads(threads)
 
 
 def _loaded():

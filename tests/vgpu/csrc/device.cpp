@@ -135,8 +135,7 @@ struct Device::State {
 
 Device::Device(Options options) : state_(std::make_unique<State>()) {
   state_->options = options;
-  if (state_->options.threads <= 0)
-    state_->options.threads = std::max(1, int(std::thread::hardware_concurrency()));
+  set_threads(options.threads);
 }
 
 Device::~Device() = default;
@@ -195,6 +194,12 @@ void Device::run_edges(double share) {
 void Device::set_seed(uint64_t seed) {
   const std::lock_guard guard(state_->lock);
   state_->options.seed = seed;
+}
+
+void Device::set_threads(int threads) {
+  const std::lock_guard guard(state_->lock);
+  state_->options.threads =
+      threads > 0 ? threads : std::max(1, int(std::thread::hardware_concurrency()));
 }
 
 Stats Device::launch(const Module& module, const std::string& name, Dim grid, Dim block,

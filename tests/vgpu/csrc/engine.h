@@ -86,6 +86,9 @@ class Device {
   // From now on launches take this seed instead of options.seed.
   void set_seed(uint64_t seed);
 
+  // From now on launches take so many threads instead of options.threads.
+  void set_threads(int threads);
+
   // args[i] points to the bytes of parameter i. Throws Fault, or std::invalid_argument for a
   // launch that a driver would refuse.
   Stats launch(const Module& module, const std::string& kernel, Dim grid, Dim block,

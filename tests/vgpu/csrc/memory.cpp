@@ -1,35 +1,57 @@
-// Allocations by address. Shadows are mapped pages that cost nothing until they are touched, so
-// that a tensor of more than 2^31 elements can be registered too.
+// Allocations by address. Shadows are mapped pages, so that a tensor of more than 2^31 elements can
+// be registered too.
 #include "memory.h"
 
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 namespace vgpu {
-namespace {
 
-// Zeroed pages that cost nothing until they are touched.
-void* map_pages(size_t bytes) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
+size_t Pages::rounded(size_t bytes) {
+  return bytes > kLargest ? bytes : std::bit_ceil(std::max<size_t>(bytes, 4096));
+}
+
+void* Pages::take(size_t bytes) {
+  std::vector<void*>& spare = spare_[rounded(bytes)];
+  if (spare.empty()) {
+    void* p = mmap(nullptr, rounded(bytes), PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    if (bytes <= kLargest) madvise(p, rounded(bytes), MADV_HUGEPAGE);
+    return p;
+  }
+  void* p = spare.back();
+  spare.pop_back();
+  if (zeroed_) std::memset(p, 0, bytes);
   return p;
 }
 
-}  // namespace
+void Pages::give(void* pages, size_t bytes) {
+  if (!pages) return;
+  if (bytes > kLargest) munmap(pages, bytes);
+  else spare_[rounded(bytes)].push_back(pages);
+}
+
+void Pages::clear() {
+  for (auto& [bytes, spare] : spare_)
+    for (void* p : spare) munmap(p, bytes);
+  spare_.clear();
+}
 
 Memory::~Memory() {
   for (Allocation& a : allocations_) release(a);
 }
 
 void Memory::release(Allocation& a) {
-  if (a.init) munmap(a.init, a.bytes);
-  if (a.touched) munmap(a.touched, a.bytes / Shadow::kChunk + 1);
-  if (a.written) munmap(a.written, 2 * a.stamp_bytes);
+  pages_.give(a.init, a.bytes);
+  pages_.give(a.touched, a.bytes / Shadow::kChunk + 1);
+  stamps_.give(a.written, 2 * a.stamp_bytes);
   a.init = a.touched = nullptr;
   a.written = a.read = nullptr;
 }
@@ -59,8 +81,8 @@ void Memory::add(uint64_t base, uint64_t bytes, bool initialised) {
     allocations_.erase(allocations_.begin() + i);
     i = 0;
   }
-  if (!initialised) joined.init = static_cast<uint8_t*>(map_pages(joined.bytes));
-  joined.touched = static_cast<uint8_t*>(map_pages(joined.bytes / Shadow::kChunk + 1));
+  if (!initialised) joined.init = static_cast<uint8_t*>(pages_.take(joined.bytes));
+  joined.touched = static_cast<uint8_t*>(pages_.take(joined.bytes / Shadow::kChunk + 1));
   auto at = std::find_if(allocations_.begin(), allocations_.end(),
                          [&](const Allocation& a) { return a.base > joined.base; });
   allocations_.insert(at, joined);
@@ -85,7 +107,7 @@ void Memory::mark(uint64_t base, uint64_t bytes, bool initialised) {
   if (!a || !a->contains(base, bytes))
     throw std::invalid_argument("vgpu: mark_memory: not within one allocation");
   if (!a->init && !initialised) {
-    a->init = static_cast<uint8_t*>(map_pages(a->bytes));
+    a->init = static_cast<uint8_t*>(pages_.take(a->bytes));
     std::memset(a->init, kInitialised, a->bytes);
   }
   if (a->init) std::memset(a->init + (base - a->base), initialised, bytes);
@@ -93,16 +115,18 @@ void Memory::mark(uint64_t base, uint64_t bytes, bool initialised) {
 
 void Memory::begin_launch(int granule) {
   launch_++;
-  const bool wrapped = launch_ > kMaxLaunch;
-  if (wrapped) launch_ = 1;
+  if (launch_ > kMaxLaunch) {
+    launch_ = 1;
+    for (Allocation& a : allocations_)
+      stamps_.give(std::exchange(a.written, nullptr), 2 * a.stamp_bytes);
+    stamps_.clear();
+  }
   for (Allocation& a : allocations_) {
     const size_t need = ((((a.bytes + 31) >> granule) + 2) * 8 + 4095) & ~size_t(4095);
-    if (a.written && (wrapped || need > a.stamp_bytes)) {
-      munmap(a.written, 2 * a.stamp_bytes);
-      a.written = nullptr;
-    }
+    if (a.written && need > a.stamp_bytes)
+      stamps_.give(std::exchange(a.written, nullptr), 2 * a.stamp_bytes);
     if (!a.written) {
-      a.written = static_cast<uint64_t*>(map_pages(2 * need));
+      a.written = static_cast<uint64_t*>(stamps_.take(2 * need));
       a.read = a.written + need / 8;
       a.stamp_bytes = need;
     }

@@ -2,15 +2,34 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "shadow.h"
 
 namespace vgpu {
 
+// Pages that cost nothing until they are touched. Up to kLargest bytes they are kept when given
+// back: the kernel would clear them anew and interrupt every core, at every launch.
+class Pages {
+ public:
+  explicit Pages(bool zeroed) : zeroed_(zeroed) {}
+  Pages(const Pages&) = delete;
+  ~Pages() { clear(); }
+  void* take(size_t bytes);  // zeroed, or with what was in them when they were given back
+  void give(void* pages, size_t bytes);
+  void clear();
+
+ private:
+  static constexpr size_t kLargest = size_t{256} << 20;
+  static size_t rounded(size_t bytes);
+  const bool zeroed_;
+  std::map<size_t, std::vector<void*>> spare_;
+};
+
 struct Allocation : Shadow {
   std::vector<uint64_t> members;  // the pointers under which it was added
-  size_t stamp_bytes = 0;         // mapped for `written` and for `read`, each
+  size_t stamp_bytes = 0;         // taken for `written` and for `read`, each
 };
 
 class Memory {
@@ -32,6 +51,7 @@ class Memory {
 
  private:
   void release(Allocation& allocation);
+  Pages pages_{true}, stamps_{false};  // stamps of earlier launches mean nothing
   std::vector<Allocation> allocations_;  // by base
   uint64_t launch_ = 0;
 };

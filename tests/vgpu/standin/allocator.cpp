@@ -78,9 +78,11 @@ void* allocate(size_t bytes) {
   if (bytes == 0) return nullptr;
   void* data = nullptr;
   if (posix_memalign(&data, 64, bytes)) return nullptr;
-  for (size_t at = 0; at < bytes && bytes < kHuge; at += kWord) {
-    const uint32_t word = poison(at / kWord);
-    std::memcpy(static_cast<char*>(data) + at, &word, std::min(kWord, bytes - at));
+  if (bytes < kHuge) {
+    const size_t whole = bytes / kWord;
+    for (size_t i = 0; i < whole; i++) static_cast<uint32_t*>(data)[i] = poison(i);
+    const uint32_t word = poison(whole);
+    std::memcpy(static_cast<uint32_t*>(data) + whole, &word, bytes % kWord);
   }
   const std::lock_guard guard(lock);
   Block& b = blocks()[static_cast<char*>(data)];

@@ -129,6 +129,7 @@ EXPORT const char* vgpu_take_log() {
 
 EXPORT void vgpu_run_edges(double share) { runtime().device.run_edges(share); }
 EXPORT void vgpu_set_seed(uint64_t seed) { runtime().device.set_seed(seed); }
+EXPORT void vgpu_set_threads(int threads) { runtime().device.set_threads(threads); }
 
 // What nvcc's host code calls.
 void** __cudaRegisterFatBinary(void* wrapper) {

@@ -2,6 +2,7 @@
 // interface, so that it is built for the torch at hand.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <malloc.h>
 
 #include <cstring>
 
@@ -25,5 +26,8 @@ struct Exact final : c10::Allocator {
 
 extern "C" __attribute__((visibility("default"))) void vgpu_own_torch_memory() {
   static Exact exact;
+  // Memory that is freed is kept for the next tensor.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
   c10::SetCPUAllocator(&exact, /*priority=*/100);
 }
