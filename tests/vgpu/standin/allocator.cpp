@@ -58,15 +58,15 @@ void look_for_writes(const char* data, Block& b) {
 }
 
 // Where the mapping that holds p ends; p itself if nothing is mapped there. Sizes and strides are
-// told by being small.
+// told by being small, numbers of fp64 by being large.
 char* mapping_end(char* p) {
-  if (reinterpret_cast<uint64_t>(p) < uint64_t{1} << 32) return p;
+  const auto at = reinterpret_cast<uint64_t>(p);
+  if (at < uint64_t{1} << 32 || at >= uint64_t{1} << 47) return p;
   std::ifstream maps("/proc/self/maps");
   for (std::string line; std::getline(maps, line);) {
     const size_t dash = line.find('-');
     const auto begin = std::stoull(line.substr(0, dash), nullptr, 16);
     const auto end = std::stoull(line.substr(dash + 1), nullptr, 16);
-    const auto at = reinterpret_cast<uint64_t>(p);
     if (at >= begin && at < end) return reinterpret_cast<char*>(end);
   }
   return p;
