@@ -30,6 +30,7 @@ void linear_tile(T* y, int64_t N, const T* const* x, int64_t rows, const W* w, i
   using E = Factor<T>;
   using A = Acc<T>;
   constexpr int kTile = kTileColumns<kRows>;
+  constexpr int64_t kLine = 64 / sizeof(W);
   const T* x_row[kRows];
   const W* w_row[kTile];
   for (int r = 0; r < kRows; r++) x_row[r] = x[r < rows ? r : rows - 1];
@@ -39,10 +40,10 @@ void linear_tile(T* y, int64_t N, const T* const* x, int64_t rows, const W* w, i
   const auto add = [&](int64_t k, auto... n) {
     Vec<A> b[kTile];
 #pragma GCC unroll 4
-    for (int c = 0; c < kTile; c++) {
-      b[c] = factors<E>(w_row[c] + k, n...);
-      __builtin_prefetch(w_row[c] + k + kTile * w_stride);
-    }
+    for (int c = 0; c < kTile; c++) b[c] = factors<E>(w_row[c] + k, n...);
+    if (k % kLine < kFactors<E>)
+#pragma GCC unroll 4
+      for (int c = 0; c < kTile; c++) __builtin_prefetch(w_row[c] + k + kTile * w_stride);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; r++) {
       const Vec<A> a = factors<E>(x_row[r] + k, n...);
@@ -52,7 +53,10 @@ void linear_tile(T* y, int64_t N, const T* const* x, int64_t rows, const W* w, i
   };
   for (int64_t k = 0; k < K;) {
     const int64_t end = K - k < kChain<E> ? K : k + kChain<E>;
-    memset(sums, 0, sizeof sums);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+      for (int c = 0; c < kTile; c++) sums[r][c] = Vec<A>{};
     for (; k + kFactors<E> <= end; k += kFactors<E>) add(k);
     if (k < end) add(k, end - k), k = end;
     for (int r = 0; r < kRows; r++)
