@@ -10,7 +10,7 @@
 namespace vgpu {
 
 // Pages that cost nothing until they are touched. Up to kLargest bytes they are kept when given
-// back: the kernel would clear them anew and interrupt every core, at every launch.
+// back: the system would clear them anew, and interrupt the other cores, at every launch.
 class Pages {
  public:
   explicit Pages(bool zeroed) : zeroed_(zeroed) {}
