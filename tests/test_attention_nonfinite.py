@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import llama_ext as lx
 from harness import DTYPES, randn
 from test_cuda_attention import check as check_forward
 from test_cuda_attention import inputs
@@ -22,6 +23,21 @@ def test_not_finite_keys(isa, value, T, dtype):
     check_forward(q, k, v)
     check_forward(q, k, v, causal=False)
     check_forward(q.abs(), torch.full_like(k, -math.inf), v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", [0, 3, 98])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_query_that_is_not_finite(isa, bad, at, dtype):
+    """All others keep their bits."""
+    q, k, v = inputs(1, 150, 150, 1, 1, 64, dtype)
+    clean, clean_lse = lx.attention(q, k, v, return_lse=True)
+    q[0, at, 0, 3] = bad
+    o, lse = lx.attention(q, k, v, return_lse=True)
+    others = torch.arange(150) != at
+    assert torch.equal(o[:, others], clean[:, others])
+    assert torch.equal(lse[..., others], clean_lse[..., others])
+    assert not lse[..., at].isfinite().any()
 
 
 @pytest.mark.parametrize("D", [64, 128])

@@ -6,8 +6,7 @@
 
 LX_NAMESPACE_BEGIN
 
-// A tile of scores has kBlock keys as rows and a strip of kStrip queries as columns.
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBlock = 64;  // keys of a tile of scores
 constexpr int64_t kSpan = 256;  // keys that are laid out at once
 
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return most(low, least(x, high)); }
@@ -52,22 +51,6 @@ inline int64_t longest(const Attention& a) {
   return T;
 }
 
-// The vectors [begin, end) of a strip's queries that see some key of a group of rows, and what
-// whole groups of units need beside.
-struct Seen {
-  int begin, end;
-};
-template <class E>
-Seen seen_by(const Sequence& s, int64_t j, int64_t i0, int64_t rows) {
-  if (j >= s.S) return {0, 0};
-  constexpr int64_t kStep = most(kLanes<Acc<E>>, kTileUnits<E> * kUnit<E>);
-  constexpr int kVecs = kStep / kLanes<Acc<E>>;
-  const int64_t last = least(j + kTileRows<E>, s.S) - 1;
-  const int begin = clamp(s.first_query(j) - i0, 0, rows) / kStep * kVecs;
-  const int end = (clamp(s.end_query(last) - i0, 0, rows) + kStep - 1) / kStep * kVecs;
-  return {begin, end < begin ? begin : end};
-}
-
 // Weights are base^(factor * score - top). With factors in bf16 the base is 2 and the difference is
 // rounded once, which costs least; else the base is e, and the difference is exactly 0 at the top.
 template <class E> constexpr bool kFused = std::is_same_v<E, bf16>;
@@ -95,61 +78,5 @@ template <class E> struct Scale {
     if (factor == 0) factor = std::numeric_limits<Acc<E>>::min();
   }
 };
-
-// scores (kBlock, kStrip) = +-keys (kBlock lines) * queries (transposed lines), K units each; -inf
-// where a key is not seen. Row n is key j0 + n, column r is query i0 + r, one of `rows`.
-template <class E, int64_t kStrip>
-void scores_of(Acc<E>* scores, const Acc<E>* keys, const Acc<E>* queries, int64_t ld, int64_t K,
-               bool negative, const Sequence& s, int64_t j0, int64_t i0, int64_t rows) {
-  using A = Acc<E>;
-  const A hidden = -std::numeric_limits<A>::infinity();
-  const bool all_seen = rows == kStrip && j0 + kBlock <= s.S &&
-                        s.first_query(j0 + kBlock - 1) <= i0 && s.end_query(j0) >= i0 + rows;
-  for (int64_t n = 0; n < kBlock; n += kTileRows<E>) {
-    const Seen seen = seen_by<E>(s, j0 + n, i0, rows);
-    product<false, E>(scores + n * kStrip, kStrip, keys + n * ld, ld, queries, kStrip, seen.begin,
-                      seen.end, K);
-    if (negative)
-      for (int64_t r = n * kStrip; r < (n + kTileRows<E>) * kStrip; r++) scores[r] = -scores[r];
-    for (int64_t m = n; !all_seen && m < n + kTileRows<E>; m++) {
-      const bool exists = j0 + m < s.S;
-      const int64_t from = exists ? clamp(s.first_query(j0 + m) - i0, 0, kStrip) : kStrip;
-      const int64_t end = exists ? least(s.end_query(j0 + m) - i0, rows) : kStrip;
-      const int64_t to = clamp(end, from, kStrip);
-      A* row = scores + m * kStrip;
-      for (int64_t r = 0; r < from; r++) row[r] = hidden;
-      for (int64_t r = to; r < kStrip; r++) row[r] = hidden;
-    }
-  }
-}
-
-template <class E> constexpr int64_t kKeyGroup = most(4, kTileUnits<E> * kUnit<E>);
-
-// Calls f(begin, end, n) for groups [begin, end) of the vectors of a strip's queries: of the keys
-// from j0 on, a group sees none beyond the first n, a multiple of kKeyGroup. A tile that the
-// diagonal crosses goes in narrow groups.
-template <class E, class F>
-void for_each_query_group(const Sequence& s, int64_t j0, int64_t i0, int64_t rows, const F& f) {
-  constexpr int64_t kLane = kLanes<Acc<E>>;
-  const int vecs = (rows + kLane - 1) / kLane;
-  const int group = s.end_key(i0) >= j0 + kBlock ? vecs : 2;
-  for (int v = 0; v < vecs; v += group) {
-    const int end = least(v + group, vecs);
-    const int64_t last = i0 + least(end * kLane, rows) - 1;
-    const int64_t n = clamp(s.end_key(last) - j0, 0, kBlock);
-    f(v, end, round_up(n, kKeyGroup<E>));
-  }
-}
-
-// c (D, kStrip) += keys (D lines of kBlock) * weights (kBlock units, kStrip), of the first n keys
-// and the vectors [begin, end) of queries.
-template <class E, int64_t kStrip>
-void accumulate_over_keys(Acc<E>* c, const Acc<E>* keys, const Acc<E>* weights, int begin, int end,
-                          int64_t n, int64_t D) {
-  constexpr int64_t kUnits = kBlock / kUnit<E>;
-  for (int64_t d = 0; d < D; d += kTileRows<E>)
-    product<true, E>(c + d * kStrip, kStrip, keys + d * kUnits, kUnits, weights, kStrip, begin, end,
-                     n / kUnit<E>);
-}
 
 LX_NAMESPACE_END

@@ -1,16 +1,88 @@
 // Attention backward, by recomputation from lse. Formulas in csrc/api.h.
 //
-// Transposed like the forward: tiles of scores are (keys, queries). One pass over the tiles makes
-// all three gradients with five products a tile. An item of work is one key/value head with the
-// query heads that share it; it takes kSpan keys at a time, with their gradients at hand, over all
-// strips of queries, whose gradients wait in fp32 between the spans. So every gradient has one
-// writer and one order of sums.
+// Transposed: tiles of scores are (keys, queries), and have the bits of the forward's. One pass over
+// the tiles makes all three gradients with five products a tile. An item of work is one key/value
+// head with the query heads that share it; it takes kSpan keys at a time, with their gradients at
+// hand, over all strips of queries, whose gradients wait in fp32 between the spans. So every
+// gradient has one writer and one order of sums.
 #pragma once
 #include "attention.h"
 
 LX_NAMESPACE_BEGIN
 
 constexpr int64_t kQueries = 64;  // of a strip
+
+// The vectors [begin, end) of a strip's queries that see some key of a group of rows, and what
+// whole groups of units need beside.
+struct Seen {
+  int begin, end;
+};
+template <class E>
+Seen seen_by(const Sequence& s, int64_t j, int64_t i0, int64_t rows) {
+  if (j >= s.S) return {0, 0};
+  constexpr int64_t kStep = most(kLanes<Acc<E>>, kTileUnits<E> * kUnit<E>);
+  constexpr int kVecs = kStep / kLanes<Acc<E>>;
+  const int64_t last = least(j + kTileRows<E>, s.S) - 1;
+  const int begin = clamp(s.first_query(j) - i0, 0, rows) / kStep * kVecs;
+  const int end = (clamp(s.end_query(last) - i0, 0, rows) + kStep - 1) / kStep * kVecs;
+  return {begin, end < begin ? begin : end};
+}
+
+// scores (kBlock, kQueries) = +-keys (kBlock lines) * queries (transposed lines), K units each;
+// -inf where a key is not seen. Row n is key j0 + n, column r is query i0 + r, one of `rows`.
+template <class E>
+void scores_of(Acc<E>* scores, const Acc<E>* keys, const Acc<E>* queries, int64_t ld, int64_t K,
+               bool negative, const Sequence& s, int64_t j0, int64_t i0, int64_t rows) {
+  using A = Acc<E>;
+  const A hidden = -std::numeric_limits<A>::infinity();
+  const bool all_seen = rows == kQueries && j0 + kBlock <= s.S &&
+                        s.first_query(j0 + kBlock - 1) <= i0 && s.end_query(j0) >= i0 + rows;
+  for (int64_t n = 0; n < kBlock; n += kTileRows<E>) {
+    const Seen seen = seen_by<E>(s, j0 + n, i0, rows);
+    product<false, E>(scores + n * kQueries, kQueries, keys + n * ld, ld, queries, kQueries,
+                      seen.begin, seen.end, K);
+    if (negative)
+      for (int64_t r = n * kQueries; r < (n + kTileRows<E>) * kQueries; r++) scores[r] = -scores[r];
+    for (int64_t m = n; !all_seen && m < n + kTileRows<E>; m++) {
+      const bool exists = j0 + m < s.S;
+      const int64_t from = exists ? clamp(s.first_query(j0 + m) - i0, 0, kQueries) : kQueries;
+      const int64_t end = exists ? least(s.end_query(j0 + m) - i0, rows) : kQueries;
+      const int64_t to = clamp(end, from, kQueries);
+      A* row = scores + m * kQueries;
+      for (int64_t r = 0; r < from; r++) row[r] = hidden;
+      for (int64_t r = to; r < kQueries; r++) row[r] = hidden;
+    }
+  }
+}
+
+template <class E> constexpr int64_t kKeyGroup = most(4, kTileUnits<E> * kUnit<E>);
+
+// Calls f(begin, end, n) for groups [begin, end) of the vectors of a strip's queries: of the keys
+// from j0 on, a group sees none beyond the first n, a multiple of kKeyGroup. A tile that the
+// diagonal crosses goes in narrow groups.
+template <class E, class F>
+void for_each_query_group(const Sequence& s, int64_t j0, int64_t i0, int64_t rows, const F& f) {
+  constexpr int64_t kLane = kLanes<Acc<E>>;
+  const int vecs = (rows + kLane - 1) / kLane;
+  const int group = s.end_key(i0) >= j0 + kBlock ? vecs : 2;
+  for (int v = 0; v < vecs; v += group) {
+    const int end = least(v + group, vecs);
+    const int64_t last = i0 + least(end * kLane, rows) - 1;
+    const int64_t n = clamp(s.end_key(last) - j0, 0, kBlock);
+    f(v, end, round_up(n, kKeyGroup<E>));
+  }
+}
+
+// c (D, kQueries) += keys (D lines of kBlock) * weights (kBlock units, kQueries), of the first n
+// keys and the vectors [begin, end) of queries.
+template <class E>
+void accumulate_over_keys(Acc<E>* c, const Acc<E>* keys, const Acc<E>* weights, int begin, int end,
+                          int64_t n, int64_t D) {
+  constexpr int64_t kUnits = kBlock / kUnit<E>;
+  for (int64_t d = 0; d < D; d += kTileRows<E>)
+    product<true, E>(c + d * kQueries, kQueries, keys + d * kUnits, kUnits, weights, kQueries,
+                     begin, end, n / kUnit<E>);
+}
 
 template <class E> struct BackwardScratch {
   using A = Acc<E>;
@@ -93,7 +165,7 @@ void backward_tile(const BackwardScratch<E>& w, int block, Acc<E>* dq, const Seq
   const int64_t units = (D + kU - 1) / kU;
   const A* keys = w.keys + block * kBlock * w.lines_ld;
   const A* values = w.values + block * kBlock * w.lines_ld;
-  scores_of<E, kQueries>(w.scores, keys, w.queries, w.lines_ld, units, scale.negative, s, j0,
+  scores_of<E>(w.scores, keys, w.queries, w.lines_ld, units, scale.negative, s, j0,
                i0, rows);
   memset(w.dweights, 0, kBlock * kQueries * sizeof(A));
   for (int64_t n = 0; n < kBlock; n += kTileRows<E>) {
@@ -114,7 +186,7 @@ void backward_tile(const BackwardScratch<E>& w, int block, Acc<E>* dq, const Seq
                      w.query_pairs + first * w.width, w.width, 0, vecs, count);
   }
   for_each_query_group<E>(s, j0, i0, rows, [&](int begin, int end, int64_t n) {
-    accumulate_over_keys<E, kQueries>(dq, w.keys_t + block * (kBlock / kU) * w.width, w.ds_pairs,
+    accumulate_over_keys<E>(dq, w.keys_t + block * (kBlock / kU) * w.width, w.ds_pairs,
                                       begin, end, n, D);
   });
 }

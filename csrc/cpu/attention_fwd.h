@@ -1,93 +1,93 @@
 // Attention forward: softmax(scale * q k^T) v by online softmax. Formulas in csrc/api.h.
 //
-// Everything is transposed, queries along the vectors: scores (keys, queries), out (D, queries). So
-// the softmax is elementwise over the rows of a tile, and no sum runs across lanes. An item of work
-// is a chunk of queries of one head. It takes kSpan keys at a time, laid out once for all its
-// strips; each strip takes them in block by block, while its sums are at hand. A block that no
-// query of a strip sees is skipped, of the others nearly the seen part is computed.
+// Queries are rows: scores (queries, keys), out (queries, D). An item of work is a chunk of queries
+// of one head. It takes kSpan keys at a time, laid out once for all its strips; each strip takes
+// them in block by block, while its sums are at hand, as many queries at once as a tile has rows:
+// their scores, their weights, their sums, of the keys that some of them see.
 #pragma once
 #include "attention.h"
 
 LX_NAMESPACE_BEGIN
 
-template <class E> constexpr int64_t kForwardStrip = kAmx<E> ? 32 : 64;
+constexpr int64_t kStrip = 64;  // queries
 constexpr int64_t kMostChunk = 1024, kLeastChunk = 256;
 constexpr int64_t kFewQueries = 2;  // up to so many are worked on one by one
 
 template <class E> struct ForwardScratch {
-  static constexpr int64_t kStrip = kForwardStrip<E>;
   using A = Acc<E>;
-  int64_t lines_ld, out_rows;
-  A *keys, *values;                // per block: (kBlock, D units), (D, kBlock units)
-  A *value_pairs;                  // (kBlock units, D)
-  A* scores;                       // (kBlock, kStrip); of softmax, (kBlock units, kStrip)
-  A *queries, *out, *top, *sum;    // per strip: (D units, kStrip), (D, kStrip), (kStrip) twice
-  A* rows;                         // (kStrip, D)
+  int64_t units, width;  // of a row of D: units, numbers
+  A *keys, *values;      // per block of the span: (units, kBlock), (kBlock units, width)
+  A *scores;             // (kTileRows, kBlock); weights, in units, at the beginning of each row
+  A *queries, *out;      // per query of the chunk: (units), (width)
+  A *sum, *top;          // per query: (kLanes), to be added up; one number
   int64_t bytes;
 
   ForwardScratch(char* memory, int64_t D, int64_t chunk) {
     Cutter cut(memory);
-    const int64_t strips = chunk / kStrip;
-    lines_ld = round_up((D + kUnit<E> - 1) / kUnit<E>, kPad<E>);
-    out_rows = round_up(D, kPad<E>);
-    keys = cut.template array<A>(kSpan * lines_ld);
-    values = cut.template array<A>(kSpan / kUnit<E> * out_rows);
-    value_pairs = cut.template array<A>(kBlock / kUnit<E> * out_rows);
-    scores = cut.template array<A>(kBlock * kStrip);
-    queries = cut.template array<A>(strips * lines_ld * kStrip);
-    out = cut.template array<A>(strips * out_rows * kStrip);
-    top = cut.template array<A>(strips * kStrip);
-    sum = cut.template array<A>(strips * kStrip);
-    rows = cut.template array<A>(kStrip * most(out_rows, lines_ld));
+    units = round_up(D, kFactors<E>) / kUnit<E>;
+    width = round_up(D, kPad<E>);
+    keys = cut.template array<A>(kSpan * units);
+    values = cut.template array<A>(kSpan / kUnit<E> * width);
+    scores = cut.template array<A>(kTileRows<E> * kBlock);
+    queries = cut.template array<A>(chunk * units);
+    out = cut.template array<A>(chunk * width);
+    sum = cut.template array<A>(chunk * kLanes<A>);
+    top = cut.template array<A>(chunk);
     bytes = cut.used();
   }
 };
+
+// Of a query that has seen no key yet.
+template <class A> constexpr A kNoTop = std::numeric_limits<A>::lowest();
 
 // How far above top a score may lie, in powers of the base, before it becomes the top and the sums
 // so far are scaled down: few blocks after the first have one.
 constexpr int kRise = 8;
 
-// Puts weights, in units, in place of the scores (keys, kStrip) of n keys for one vector of
-// queries, and adds them to sum. The sums so far are sum and the columns out (D, kStrip).
-template <class E>
-void softmax_step(Acc<E>* scores, Acc<E>* top, Acc<E>* sum, Acc<E>* out, int64_t D, int64_t n,
-                  Acc<E> factor) {
+// The weights, in units, of the scores (4, kBlock) that four queries have for n keys, a multiple of
+// kFactors; adds them to sum (4, kLanes). The sums so far are sum and out (4, width).
+template <class E, class N>
+inline void softmax_step(Acc<E>* weights, const Acc<E>* scores, N n, Acc<E>* top, Acc<E>* sum,
+                         Acc<E>* out, int64_t width, Acc<E> factor) {
   using A = Acc<E>;
-  constexpr int64_t kStrip = kForwardStrip<E>;
-  const Vec<A> none = splat(-std::numeric_limits<A>::infinity()), before = load(top);
-  Vec<A> largest[4] = {none, none, none, none};
-  for (int64_t j = 0; j < n; j += 4)  // n is a multiple of kKeyGroup
+  constexpr int kU = kUnit<E>;
+  constexpr int64_t kLane = kLanes<A>;
+  Vec<A> largest[4], rise{};
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      const Vec<A> s = load(scores + (j + i) * kStrip);
-      largest[i] = largest[i] > s ? largest[i] : s;
-    }
-  for (int i : {1, 2, 3}) largest[0] = largest[0] > largest[i] ? largest[0] : largest[i];
-  const Vec<A> after = largest[0] * factor;
-  const auto rises = after > before + kRise;
-  const Vec<A> now = rises ? after : before, shift = now == none ? Vec<A>{} : now;
-  if (any(rises)) {
-    store(top, now);
-    if (any(rises & (before != none))) {
-      const Vec<A> decay = weight_of<E>(before, 1, shift);
-      store(sum, load(sum) * decay);
-      for (int64_t d = 0; d < D; d++) store(out + d * kStrip, load(out + d * kStrip) * decay);
+  for (int r = 0; r < 4; r++) {
+    largest[r] = load(scores + r * kBlock);
+    for (int64_t j = kLane; j < n; j += kLane)
+      largest[r] = kLarger(largest[r], load(scores + r * kBlock + j));
+    rise = kLarger(largest[r] * factor - top[r], rise);  // NaN counts for nothing
+  }
+  if (any(rise > kRise)) {
+    A tops[4];
+    reduce_each(tops, largest, kLarger);
+    for (int r = 0; r < 4; r++) {
+      const A before = top[r];
+      if (!(tops[r] * factor - before > kRise)) continue;
+      top[r] = tops[r] * factor;
+      if (before == kNoTop<A>) continue;
+      const Vec<A> decay = weight_of<E>(splat(before), 1, splat(top[r]));
+      store(sum + r * kLane, load(sum + r * kLane) * decay);
+      for (A* at = out + r * width; at < out + (r + 1) * width; at += kLane)
+        store(at, load(at) * decay);
     }
   }
-  Vec<A> sums[2] = {};
-  for (int64_t j = 0; j < n; j += 2) {
-    const Vec<A> a = weight_of<E>(load(scores + j * kStrip), factor, shift);
-    const Vec<A> b = weight_of<E>(load(scores + (j + 1) * kStrip), factor, shift);
-    sums[0] += a;
-    sums[1] += b;
-    if constexpr (kUnit<E> == 2) {
-      store(scores + j / 2 * kStrip, unit<E>(a, b));
-    } else {
-      store(scores + j * kStrip, a);
-      store(scores + (j + 1) * kStrip, b);
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; r++) {
+    const Vec<A> shift = splat(top[r]);
+    Vec<A> total = load(sum + r * kLane);
+    for (int64_t j = 0; j < n; j += kU * kLane) {
+      Vec<A> part[kU];
+      for (int u = 0; u < kU; u++) {
+        part[u] = weight_of<E>(load(scores + r * kBlock + j + u * kLane), factor, shift);
+        total += part[u];
+      }
+      store(weights + r * kBlock + j / kU, line<E>(part[0], part[kU - 1]));
     }
+    store(sum + r * kLane, total);
   }
-  store(sum, load(sum) + (sums[0] + sums[1]));
 }
 
 // What the sums over the keys are divided by, as its inverse, and lse, for a query whose weights,
@@ -104,80 +104,98 @@ template <class A> A lse_of(double top, A sum) {
   return static_cast<A>(top + std::log(double(sum)));
 }
 
-// One strip, queries [i0, i0 + rows), takes in block `block` of the span, the keys from j0 on.
+// Scores (n) of the keys of [0, n) outside [from, to) become -inf.
+template <class A> void hide(A* scores, int64_t n, int64_t from, int64_t to) {
+  using Index = std::conditional_t<sizeof(A) == 4, Int32, Int64>;
+  Index key;
+  for (int i = 0; i < kLanes<A>; i++) key[i] = i;
+  const Vec<A> hidden = splat(-std::numeric_limits<A>::infinity());
+  for (int64_t j = 0; j < n; j += kLanes<A>, key += kLanes<A>) {
+    const auto seen = (key >= Lane<Index>(from)) & (key < Lane<Index>(to));
+    store(scores + j, seen ? load(scores + j) : hidden);
+  }
+}
+
+// kTileRows queries from i0 on, of which n are there, the chunk's from `at` on, take in block
+// `block` of the span, the keys from j0 on.
 template <class E>
-void forward_tile(const ForwardScratch<E>& w, int strip, int block, const Sequence& s, int64_t i0,
-                  int64_t rows, int64_t j0, int64_t D, Scale<E> scale) {
+void forward_tile(const ForwardScratch<E>& w, int64_t at, int block, const Sequence& s, int64_t i0,
+                  int64_t n, int64_t j0, int64_t D, Scale<E> scale) {
   using A = Acc<E>;
-  constexpr int64_t kStrip = kForwardStrip<E>;
-  const A* keys = w.keys + block * kBlock * w.lines_ld;
-  const A* values = w.values + block * (kBlock / kUnit<E>) * w.out_rows;
-  A *top = w.top + strip * kStrip, *sum = w.sum + strip * kStrip;
-  A* out = w.out + strip * w.out_rows * kStrip;
-  scores_of<E, kStrip>(w.scores, keys, w.queries + strip * w.lines_ld * kStrip, w.lines_ld,
-                       (D + kUnit<E> - 1) / kUnit<E>, scale.negative, s, j0, i0, rows);
-  for_each_query_group<E>(s, j0, i0, rows, [&](int begin, int end, int64_t n) {
-    for (int64_t r = begin * kLanes<A>; r < end * kLanes<A>; r += kLanes<A>)
-      softmax_step<E>(w.scores + r, top + r, sum + r, out + r, D, n, scale.factor);
-    accumulate_over_keys<E, kStrip>(out, values, w.scores, begin, end, n, D);
-  });
+  constexpr int kU = kUnit<E>;
+  constexpr int64_t kLane = kLanes<A>;
+  // The keys that some of the queries see, and whole factors of them.
+  const int64_t begin = clamp(s.first_key(i0) - j0, 0, kBlock) / kFactors<E> * kFactors<E>;
+  const int64_t end = clamp(s.end_key(i0 + n - 1) - j0, 0, kBlock);
+  if (begin >= end) return;
+  const int64_t keys = round_up(end - begin, kFactors<E>);
+  product<false, E>(w.scores, kBlock, w.queries + at * w.units, w.units,
+                    w.keys + block * kBlock * w.units, kBlock, begin / kLane,
+                    (end + kLane - 1) / kLane, (D + kU - 1) / kU);
+  A *scores = w.scores + begin, *weights = w.scores + begin / kU;
+  for (int64_t r = 0; scale.negative && r < kTileRows<E>; r++)
+    for (int64_t j = 0; j < keys; j++) scores[r * kBlock + j] = -scores[r * kBlock + j];
+  if (s.first_key(i0 + n - 1) > j0 + begin || s.end_key(i0) < j0 + begin + keys)
+    for (int64_t r = 0; r < kTileRows<E>; r++)
+      hide(scores + r * kBlock, keys, clamp(s.first_key(i0 + r) - j0 - begin, 0, keys),
+           clamp(s.end_key(i0 + r) - j0 - begin, 0, keys));
+  for (int64_t r = 0; r < kTileRows<E>; r += 4) {
+    const auto step = [&](auto keys) {
+      softmax_step<E>(weights + r * kBlock, scores + r * kBlock, keys, w.top + at + r,
+                      w.sum + (at + r) * kLane, w.out + (at + r) * w.width, w.width,
+                      scale.factor);
+    };
+    if (keys == kBlock) step(std::integral_constant<int64_t, kBlock>{});
+    else step(keys);
+  }
+  product<true, E>(w.out + at * w.width, w.width, weights, kBlock,
+                   w.values + (block * kBlock + begin) / kU * w.width, w.width, 0,
+                   w.width / kLane, (end - begin + kU - 1) / kU);
 }
 
 template <class T, class E>
 void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int64_t h,
                    int64_t begin, int64_t end, const ForwardScratch<E>& w) {
   using A = Acc<E>;
-  constexpr int64_t kStrip = kForwardStrip<E>;
-  const int64_t D = a.D, stride = a.q_stride[1];
+  const int64_t D = a.D, queries = end - begin;
   const int64_t kv = h / (a.H / a.Hkv);
   const T* q = static_cast<const T*>(a.q) + s.q_at + h * a.q_stride[2];
   const T* k = static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2];
   const T* v = static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2];
-  const int strips = (end - begin + kStrip - 1) / kStrip;
-  for (int strip = 0; strip < strips; strip++) {
-    const int64_t i0 = begin + strip * kStrip, rows = least(kStrip, end - i0);
-    lines<E>(w.rows, w.lines_ld, kStrip, q + i0 * stride, stride, rows, D);
-    transpose(w.queries + strip * w.lines_ld * kStrip, kStrip, w.rows, w.lines_ld, kStrip,
-              w.lines_ld);
-    memset(w.out + strip * w.out_rows * kStrip, 0, w.out_rows * kStrip * sizeof(A));
-  }
-  for (int64_t r = 0; r < strips * kStrip; r++) {
-    w.top[r] = -std::numeric_limits<A>::infinity();
-    w.sum[r] = 0;
-  }
+  const int64_t padded = round_up(queries, kTileRows<E>);
+  lines<E>(w.queries, w.units, padded, q + begin * a.q_stride[1], a.q_stride[1], queries, D);
+  memset(w.out, 0, padded * w.width * sizeof(A));
+  memset(w.sum, 0, padded * kLanes<A> * sizeof(A));
+  for (int64_t r = 0; r < padded; r++) w.top[r] = kNoTop<A>;
   const int64_t keys_end = s.end_key(end - 1);
-  constexpr int64_t kUnits = kBlock / kUnit<E>;
   for (int64_t span = s.first_key(begin) / kBlock * kBlock; span < keys_end; span += kSpan) {
     const int blocks = (least(kSpan, keys_end - span) + kBlock - 1) / kBlock;
     for (int block = 0; block < blocks; block++) {
       const int64_t j0 = span + block * kBlock, n = least(kBlock, s.S - j0);
-      lines<E>(w.keys + block * kBlock * w.lines_ld, w.lines_ld, kBlock, k + j0 * a.k_stride[1],
-               a.k_stride[1], n, D);
-      pairs<E>(w.value_pairs, w.out_rows, kBlock, v + j0 * a.v_stride[1], a.v_stride[1], n, D);
-      transpose(w.values + block * kUnits * w.out_rows, kUnits, w.value_pairs, w.out_rows, kUnits,
-                w.out_rows);
-    }
-    for (int strip = 0; strip < strips; strip++) {
-      const int64_t i0 = begin + strip * kStrip, rows = least(kStrip, end - i0);
-      const int64_t first = s.first_key(i0), last = s.end_key(i0 + rows - 1);
-      for (int block = 0; block < blocks; block++) {
-        const int64_t j0 = span + block * kBlock;
-        if (first < j0 + kBlock && last > j0)
-          forward_tile<E>(w, strip, block, s, i0, rows, j0, D, Scale<E>(a.scale));
-      }
-    }
-  }
-  for (int strip = 0; strip < strips; strip++) {
-    const int64_t i0 = begin + strip * kStrip, rows = least(kStrip, end - i0);
-    const A *top = w.top + strip * kStrip, *sum = w.sum + strip * kStrip;
-    transpose(w.rows, w.out_rows, w.out + strip * w.out_rows * kStrip, kStrip, w.out_rows, kStrip);
-    for (int64_t r = 0; r < rows; r++) {
-      const A inverse = inverse_of(sum[r], s.end_key(i0 + r) > s.first_key(i0 + r));
-      T* row = o + ((s.q_row + i0 + r) * a.H + h) * D;
-      for_each_vec<A>(D, [&](int64_t d, auto n) {
-        store(row + d, load(w.rows + r * w.out_rows + d, n) * inverse, n);
+      transposed_lines<E>(w.keys + block * kBlock * w.units, kBlock, kBlock, D, [&](int64_t j) {
+        return j < n ? k + (j0 + j) * a.k_stride[1] : nullptr;
       });
-      lse[s.lse_at + h * s.lse_stride + i0 + r] = lse_of(top[r] * kLnOfBase<E>, sum[r]);
+      pairs<E>(w.values + block * (kBlock / kUnit<E>) * w.width, w.width, kBlock,
+               v + j0 * a.v_stride[1], a.v_stride[1], n, D);
+    }
+    for (int64_t strip = begin; strip < end; strip += kStrip)
+      for (int block = 0; block < blocks; block++)
+        for (int64_t i = strip; i < least(strip + kStrip, end); i += kTileRows<E>)
+          forward_tile<E>(w, i - begin, block, s, i, least(kTileRows<E>, end - i),
+                          span + block * kBlock, D, Scale<E>(a.scale));
+  }
+  for (int64_t r = 0; r < padded; r += 4) {
+    Vec<A> sums[4];
+    A totals[4];
+    for (int m = 0; m < 4; m++) sums[m] = load(w.sum + (r + m) * kLanes<A>);
+    sum_each(totals, sums);
+    for (int64_t i = begin + r; i < least(begin + r + 4, end); i++) {
+      const A total = totals[i - begin - r];
+      const A inverse = inverse_of(total, s.end_key(i) > s.first_key(i));
+      const A* out = w.out + (i - begin) * w.width;
+      T* row = o + ((s.q_row + i) * a.H + h) * D;
+      for_each_vec<A>(D, [&](int64_t d, auto n) { store(row + d, load(out + d, n) * inverse, n); });
+      lse[s.lse_at + h * s.lse_stride + i] = lse_of(w.top[i - begin] * kLnOfBase<E>, total);
     }
   }
 }

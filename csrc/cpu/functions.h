@@ -4,16 +4,8 @@
 
 LX_NAMESPACE_BEGIN
 
-template <class V> inline Lane<V> sum(V v) {
-  Lane<V> lane[kLanes<Lane<V>>];
-  memcpy(lane, &v, sizeof v);
-  for (int half = kLanes<Lane<V>> / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-  return lane[0];
-}
-
-// The groups of lanes of two vectors, halved in length: first halves plus second ones.
-template <int group, class V> inline V fold(V a, V b) {
+// The groups of lanes of two vectors, halved in length: op of first halves and second ones.
+template <int group, class V, class Op> inline V fold(V a, V b, const Op& op) {
   constexpr int L = kLanes<Lane<V>>;
   using Int = std::conditional_t<sizeof(Lane<V>) == 4, int32_t, int64_t>;
   static constexpr auto order = [] {
@@ -23,20 +15,35 @@ template <int group, class V> inline V fold(V a, V b) {
   }();
   std::conditional_t<sizeof(Int) == 4, Int32, Int64> first;
   memcpy(&first, order.data(), sizeof first);
-  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + group / 2);
+  return op(__builtin_shuffle(a, b, first), __builtin_shuffle(a, b, first + group / 2));
 }
 
-// sum of each of four vectors at once, in the same order: out (4).
-template <class V> inline void sum_each(Lane<V>* out, const V (&v)[4]) {
+// All lanes of a vector by op: halves of its first n, halves of those, and so on.
+template <int n, class V, class Op> inline Lane<V> reduce(V v, const Op& op) {
+  if constexpr (n == 1) return v[0];
+  else return reduce<n / 2>(fold<n>(v, v, op), op);
+}
+
+// Likewise of each of four vectors at once, in the same order: out (4).
+template <class V, class Op>
+inline void reduce_each(Lane<V>* out, const V (&v)[4], const Op& op) {
   constexpr int L = kLanes<Lane<V>>;
   if constexpr (L < 4) {
-    for (int c = 0; c < 4; c++) out[c] = sum(v[c]);
+    for (int c = 0; c < 4; c++) out[c] = reduce<L>(v[c], op);
   } else {
-    V folded = fold<L / 2>(fold<L>(v[0], v[1]), fold<L>(v[2], v[3]));
-    if constexpr (L >= 16) folded = fold<4>(folded, folded);
-    if constexpr (L >= 8) folded = fold<2>(folded, folded);
+    V folded = fold<L / 2>(fold<L>(v[0], v[1], op), fold<L>(v[2], v[3], op), op);
+    if constexpr (L >= 16) folded = fold<4>(folded, folded, op);
+    if constexpr (L >= 8) folded = fold<2>(folded, folded, op);
     for (int c = 0; c < 4; c++) out[c] = folded[c];
   }
+}
+
+inline constexpr auto kPlus = [](auto a, auto b) { return a + b; };
+inline constexpr auto kLarger = [](auto a, auto b) { return a > b ? a : b; };
+
+template <class V> inline Lane<V> sum(V v) { return reduce<kLanes<Lane<V>>>(v, kPlus); }
+template <class V> inline void sum_each(Lane<V>* out, const V (&v)[4]) {
+  reduce_each(out, v, kPlus);
 }
 
 // Larger of two, numbers or vectors; NaN when either is.
@@ -188,10 +195,13 @@ template <class T> inline Vec<Acc<T>> exp_to(Vec<Acc<T>> x) {
 
 // Whether a comparison holds in some lane.
 template <class V> inline bool any(V comparison) {
-  int64_t words[kVecBytes / 8], all = 0;
-  memcpy(words, &comparison, kVecBytes);
-  for (int64_t word : words) all |= word;
-  return all;
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)comparison, (__m512i)comparison);
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)comparison, (__m256i)comparison);
+#else
+  return _mm_movemask_epi8((__m128i)comparison);
+#endif
 }
 
 LX_NAMESPACE_END

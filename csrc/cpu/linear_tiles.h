@@ -15,26 +15,6 @@ template <class E>
 constexpr int64_t kDepth = kAmx<E> ? 256 : 128;  // units; longer chains of sums round more
 constexpr int64_t kMostColumns = 512;
 
-// The next kFactors factors at p, of which `left` are there, the rest 0.
-template <class E, class T> inline Vec<Acc<E>> factors_left(const T* p, int64_t left) {
-  return left >= kFactors<E> ? factors<E>(p) : factors<E>(p, left);
-}
-
-// out (K units, ld) = the transposed rows [first, first + kLanes) of x (M, K), 0 beyond the data.
-template <class E, class T>
-void transposed_rows(Acc<E>* out, int64_t ld, const void* x, const Rows& x_rows, int64_t M,
-                     int64_t K, int64_t first) {
-  using A = Acc<E>;
-  constexpr int kLane = kLanes<A>;
-  for (int64_t k = 0; k < K; k += kFactors<E>) {
-    Vec<A> block[kLane] = {};
-    for (int64_t r = 0; r < least(kLane, M - first); r++)
-      block[r] = factors_left<E>(row<T>(x, x_rows, first + r) + k, K - k);
-    transpose<A>(block);
-    for (int r = 0; r < kLane; r++) store(out + (k / kUnit<E> + r) * ld, block[r]);
-  }
-}
-
 // y (M, N), columns [n, n + rows), rows [m, m + columns) = sums (rows, columns) transposed, scaled.
 template <class T, class A>
 void store_transposed(T* y, int64_t N, int64_t n, int64_t rows, int64_t m, int64_t columns,
@@ -83,7 +63,9 @@ Status linear_tiles(T* const* y, const void* x, const Rows& x_rows, const W* con
   parallel_for(stream, columns / kLane, grain_rows(kLane * K), [&](int64_t begin, int64_t end) {
     for (int64_t g = begin * kLane; g < end * kLane; g += kLane) {
       const int64_t first = g / kPanel<E> * kPanel<E>;
-      transposed_rows<E, T>(panel(first) + g - first, width(first), x, x_rows, M, K, g);
+      transposed_lines<E>(panel(first) + g - first, width(first), kLane, K, [&](int64_t i) {
+        return g + i < M ? row<T>(x, x_rows, g + i) : nullptr;
+      });
     }
   });
   parallel_items(stream, items, [&](int64_t item, int64_t thread) {
@@ -114,9 +96,9 @@ Status linear_tiles(T* const* y, const void* x, const Rows& x_rows, const W* con
         for (int64_t m = begin; m < end; m += kPanel<E>)
           for (int64_t r = 0; r < left; r += kTileRows<E>) {
             const auto add = [&](auto kAdd) {
-              product<kAdd, E>(sums + r * group + m - begin, group, a + r * lda, lda,
-                               panel(m) + k / kU * width(m), width(m), 0, width(m) / kLane,
-                               (run + kU - 1) / kU);
+              product<kAdd, E, true>(sums + r * group + m - begin, group, a + r * lda, lda,
+                                     panel(m) + k / kU * width(m), width(m), 0, width(m) / kLane,
+                                     (run + kU - 1) / kU);
             };
             k ? add(std::true_type{}) : add(std::false_type{});
           }

@@ -51,10 +51,9 @@ template <class E> inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Acc<E> a, Vec<
     return c + a * b;
 }
 
-// The sums of kTileRows rows by kVecs vectors of columns over K units. A narrow tile takes turns
-// with two sets of sums, so that no addition waits for the one before.
-template <class E, int kVecs> struct Tile {
-  static constexpr int kSets = kVecs == 1 ? 2 : 1;
+// The sums of kTileRows rows by kVecs vectors of columns over K units, which are added to kSets sets
+// of sums in turn: with two, no addition of a narrow tile waits for the one before.
+template <class E, int kVecs, int kSets> struct Tile {
   using A = Acc<E>;
   Vec<A> sum[kTileRows<E>][kVecs * kSets] = {};
 
@@ -93,8 +92,9 @@ inline void for_each_vec_group(int begin, int end, const F& f) {
 
 // C = A B, or C += A B, for kTileRows rows, the vectors [begin, end) of columns and K units. A B is
 // summed by itself first, as short chains of sums round less than one long one; but not by AMX,
-// whose factors were rounded to bf16.
-template <bool kAdd, class E>
+// whose factors were rounded to bf16. Unless kTwoSets lets narrow tiles sum in an order of their
+// own, a sum has the same bits whatever is computed beside it, and for B^T A^T.
+template <bool kAdd, class E, bool kTwoSets = false>
 void product(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>* b, int64_t ldb,
              int begin, int end, int64_t K) {
   constexpr int64_t kLane = kLanes<Acc<E>>;
@@ -103,7 +103,7 @@ void product(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>*
       amx_product<kAdd, vecs>(c + at * kLane, ldc, a, lda, b + at * kLane, ldb,
                               round_up(K, kTileUnits<E>));
     } else {
-      Tile<E, vecs> tile;
+      Tile<E, vecs, kTwoSets && vecs == 1 ? 2 : 1> tile;
       tile.multiply(a, lda, b + at * kLane, ldb, K);
       for (int r = 0; r < kTileRows<E>; r++)
         for (int v = 0; v < vecs; v++) {
@@ -234,6 +234,11 @@ template <class E, class T> inline Vec<Acc<E>> factors(const T* p, int64_t n) {
   return factors<E>(part);
 }
 
+// The next kFactors factors at p, of which `left` are there, the rest 0.
+template <class E, class T> inline Vec<Acc<E>> factors_left(const T* p, int64_t left) {
+  return left >= kFactors<E> ? factors<E>(p) : factors<E>(p, left);
+}
+
 // c + a * b, unit by unit.
 template <class E>
 inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Vec<Acc<E>> a, Vec<Acc<E>> b) {
@@ -290,6 +295,24 @@ void transpose(A* out, int64_t ld_out, const A* x, int64_t ld, int64_t rows, int
       for (int r = 0; r < kLanes<A>; r++) block[r] = load(x + (i + r) * ld + j);
       transpose<A>(block);
       for (int r = 0; r < kLanes<A>; r++) store(out + (j + r) * ld_out + i, block[r]);
+    }
+}
+
+// out (D units, ld), columns [0, columns) = the transposed lines of rows of D elements. row(i) is
+// where row i lies; null: zeros.
+template <class E, class Row>
+void transposed_lines(Acc<E>* out, int64_t ld, int64_t columns, int64_t D, const Row& row) {
+  using A = Acc<E>;
+  constexpr int kLane = kLanes<A>;
+  for (int64_t i = 0; i < columns; i += kLane)
+    for (int64_t d = 0; d < D; d += kFactors<E>) {
+      Vec<A> block[kLane];
+      for (int r = 0; r < kLane; r++) {
+        const auto* x = row(i + r);
+        block[r] = x ? factors_left<E>(x + d, D - d) : Vec<A>{};
+      }
+      transpose<A>(block);
+      for (int r = 0; r < kLane; r++) store(out + (d / kUnit<E> + r) * ld + i, block[r]);
     }
 }
 

@@ -50,8 +50,9 @@ typedef uint16_t Bits16 __attribute__((vector_size(kVecBytes / 2)));
 template <class A> using Vec = std::conditional_t<std::is_same_v<A, double>, Vec64, Vec32>;
 template <class V> using Lane = std::remove_cvref_t<decltype(V{}[0])>;
 
-inline Vec32 splat(float a) { return Vec32{} + a; }
-inline Vec64 splat(double a) { return Vec64{} + a; }
+// a - 0 is a, to the compiler too; a + 0 it would compute.
+inline Vec32 splat(float a) { return a - Vec32{}; }
+inline Vec64 splat(double a) { return a - Vec64{}; }
 
 // ---- float <-> storage, whole vectors ---------------------------------------------------------
 
