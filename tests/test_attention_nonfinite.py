@@ -40,6 +40,18 @@ def test_a_query_that_is_not_finite(isa, bad, at, dtype):
     assert not lse[..., at].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 20])
+def test_a_head_that_is_not_finite(isa, T, dtype):
+    """Its neighbours, whose width fills no vector, keep their bits."""
+    q, k, v = inputs(1, T, 20, 3, 3, 25, dtype)
+    clean = lx.attention(q, k, v)
+    for t in (q, k, v):
+        t[:, :, 1] = math.nan
+    o = lx.attention(q, k, v)
+    assert torch.equal(o[:, :, ::2], clean[:, :, ::2]) and o[:, :, 1].isnan().all()
+
+
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
