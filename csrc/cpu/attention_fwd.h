@@ -328,18 +328,27 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
   }
 }
 
+// Sequences that have queries.
+inline int64_t sequences(const Attention& a) {
+  if (!a.cu_q) return a.B;
+  int64_t count = 0;
+  for (int64_t b = 0; b < a.B; b++) count += a.cu_q[b + 1] > a.cu_q[b];
+  return count;
+}
+
 // Heads for which one query goes through the keys at once: where the heads of a key lie side by
 // side, so many that each thread has some.
 inline int64_t heads_of(const Attention& a, int64_t threads) {
   int64_t kv = a.k_stride[2] < a.k_stride[1] ? a.Hkv : 1;
-  while (kv > 1 && a.B * (a.Hkv / kv) < threads) kv = (kv + 1) / 2;
+  while (kv > 1 && sequences(a) * (a.Hkv / kv) < threads) kv = (kv + 1) / 2;
   return kv * (a.H / a.Hkv);
 }
 
 // Queries for which a span of keys is laid out once: many, but enough chunks to share out.
 inline int64_t chunk_of(const Attention& a, int64_t threads) {
   int64_t chunk = kMostChunk;
-  while (chunk > kLeastChunk && a.B * a.H * (longest(a) / chunk) < 4 * threads) chunk /= 2;
+  while (chunk > kLeastChunk && sequences(a) * a.H * (longest(a) / chunk) < 4 * threads)
+    chunk /= 2;
   return chunk;
 }
 
