@@ -204,8 +204,31 @@ def test_global_hooks_see_every_layer():
     ({"head_dim": 7}, r"weights: expected heads of 7, .*"),
     ({"weights": [randn(48)] * 8}, "weights: expected 9 for each block, got 8"),
     ({"weights": []}, "weights: expected 9 for each block, got 0"),
-    ({"eps": [1e-6]}, "eps: expected 2 for each block, got 1 for 1")])
+    ({"eps": [1e-6]}, "eps: expected 2 for each block, got 1 for 1"),
+    ({"eps": [1e-6, -1.0]}, "eps: expected numbers >= 0, got -1"),
+    ({"residual": randn(1, 1, 48)},
+     r"residual: expected the shape of x, \(1, 2, 48\), got \(1, 1, 48\)"),
+    ({"window": -1}, "window: expected at least 1, got -1"),
+    ({"cu_k": torch.tensor([0, 21], dtype=torch.int32)},
+     "cu_k: expected as many offsets as of cu_q, 6, got 2"),
+    ({"cu_q": torch.tensor([0, 1], dtype=torch.int32)},
+     "cu_q: expected offsets from 0 to 2, the tokens, got 0 to 1"),
+    ({"cos": randn(1, 4)},
+     r"cos: expected shape \(2, 4\) or \(1, 2, 4\), got \(1, 4\)"),
+    ({0: randn(47)}, r"weights: expected a norm's of shape \(48,\), got \(47,\)"),
+    ({5: randn(48).half()}, "weights: expected float32, got float16"),
+    ({1: randn(48, 47)}, r"weights: expected wq of shape \(48, 48\), got \(48, 47\)"),
+    ({2: randn(16, 47), 3: randn(16, 47)},
+     r"weights: expected wk of shape \(16, 48\), got \(16, 47\)"),
+    ({3: randn(8, 48)}, r"weights of values: expected the shape of weights of keys, \(16, 48\), "
+                        r"got \(8, 48\)"),
+    ({4: randn(48, 40)}, r"weights: expected wo of shape \(48, 48\), got \(48, 40\)"),
+    ({6: randn(48)}, r"weights: expected w1 of shape \(F, 48\), got \(48,\)"),
+    ({7: randn(79, 48)}, r"weights: expected w3 of shape \(80, 48\), got \(79, 48\)"),
+    ({8: randn(48, 79)}, r"weights: expected w2 of shape \(48, 80\), got \(48, 79\)"),
+    ({8: randn(48, 80).double()}, "weights: expected the dtype of x, float32, got float64")])
 def test_bad_input_is_one_sentence(change, sentence):
+    """change: of the arguments, or of the weights by number."""
     block, cache = make()
     rows, (x, residual) = rows_and_inputs(counts=(1, 1))
     args = {"x": x, "residual": residual, "weights": [p.detach() for p in block_weights(block)],
@@ -214,18 +237,57 @@ def test_bad_input_is_one_sentence(change, sentence):
             "v_cache": cache[1].flatten(0, 1)[None], "slots": rows.slots,
             "cu_q": rows.cu_seqlens[0], "cu_k": rows.cu_seqlens[1]}
     args["cos"], args["sin"] = rows.tables(block.attention.rotary, torch.float32)
+    for name, value in change.items():
+        if isinstance(name, int):
+            args["weights"][name] = value
+        else:
+            args[name] = value
+    before = [t.clone() for t in cache]
     with pytest.raises(RuntimeError, match=f"^blocks_cached: {sentence}$"):
-        torch.ops.llama_ext.blocks_cached(**args | change)
+        torch.ops.llama_ext.blocks_cached(**args)
+    assert all(map(torch.equal, cache, before))
 
 
-def test_blocks_of_other_widths_are_refused():
-    (one, cache), (other, _) = make(), make(n_kv_heads=3)
+def test_blocks_of_other_widths():
+    """Of keys they are refused, before anything is written; others may be as they like."""
+    (one, cache), (keys, _), (hidden, _) = make(), make(n_kv_heads=3), make(hidden_dim=33)
     rows, (x, residual) = rows_and_inputs(counts=(1, 1))
-    k = torch.stack([cache[0], cache[0]])
+    k, v = (torch.stack([t, t]) for t in cache)
+    before = k.clone()
     with torch.no_grad(), pytest.raises(
             RuntimeError, match=r"^blocks_cached: weights of keys: expected the shape of those of "
                                 r"the first block, \(16, 48\), got \(24, 48\)$"):
-        cached_blocks([one, other], x, residual, rows, k, k)
+        cached_blocks([one, keys], x, residual, rows, k, v)
+    assert torch.equal(k, before)
+    with torch.no_grad():
+        for pair in ([one, hidden], [hidden, one]):
+            got = cached_blocks(pair, x, residual, rows, k.clone(), v.clone())
+            expected = x, residual
+            for block in pair:
+                expected = composed(block)(*expected, rows, cache)
+            assert all(map(torch.equal, got, expected))
+
+
+def every_second(t):
+    return torch.stack([t, t + 1], -1)[..., 0]
+
+
+def with_gaps(t):
+    return torch.cat([t, t + 1], -1)[..., :t.shape[-1]]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("layout", [every_second, with_gaps])
+def test_strided_inputs_and_weights(layout, first):
+    block, cache = make()
+    rows, (x, residual) = rows_and_inputs(first=first)
+    with torch.no_grad():
+        expected = cached_blocks([block], x, residual, rows, *(t[None].clone() for t in cache))
+        for parameter in block.parameters():
+            parameter.data = layout(parameter.data)
+        strided = layout(x), None if first else layout(residual)
+        got = cached_blocks([block], *strided, rows, *(t[None].clone() for t in cache))
+    assert all(map(torch.equal, got, expected))
 
 
 def block_weights(block):

@@ -6,23 +6,6 @@ namespace {
 constexpr const char* kOp = "attention";
 using MaybeTensor = std::optional<Tensor>;
 
-// cu_seqlens of queries or keys: rising offsets from 0 to `total`. Values are checked on the CPU.
-void check_offsets(const char* arg, const Tensor& cu, int64_t total, const Tensor& q) {
-  check(cu.dim() == 1 && cu.size(0) >= 1, kOp, ": ", arg, ": expected shape (sequences + 1,), got ",
-        ShapeOf{cu});
-  check(cu.scalar_type() == ScalarType::Int && cu.is_contiguous(), kOp, ": ", arg,
-        ": expected contiguous int32, got ", dtype_text(cu.scalar_type()));
-  check_same_device(kOp, arg, cu, "q", q);
-  if (!cu.is_cpu()) return;
-  const auto* at = static_cast<const int32_t*>(cu.const_data_ptr());
-  const int64_t last = cu.size(0) - 1;
-  check(at[0] == 0 && at[last] == total, kOp, ": ", arg, ": expected offsets from 0 to ", total,
-        ", the tokens, got ", at[0], " to ", at[last]);
-  for (int64_t i = 0; i < last; i++)
-    check(at[i] <= at[i + 1], kOp, ": ", arg, ": expected rising offsets, got ", at[i], " before ",
-          at[i + 1]);
-}
-
 // The checked inputs, and what the kernels are told of them.
 struct Inputs {
   Tensor q, k, v;  // with unit last stride
@@ -53,8 +36,8 @@ struct Inputs {
     check(window >= 0, kOp, ": window: expected at least 1, got ", window);
     const int64_t T = q_in.size(token), S = k_in.size(token);
     if (packed) {
-      check_offsets("cu_seqlens", *cu_q, T, q_in);
-      check_offsets("cu_seqlens", *cu_k, S, q_in);
+      check_offsets(kOp, "cu_seqlens", *cu_q, T, q_in);
+      check_offsets(kOp, "cu_seqlens", *cu_k, S, q_in);
       check(cu_k->size(0) == B + 1, kOp, ": cu_seqlens: expected as many offsets of keys as of "
             "queries, ", B + 1, ", got ", cu_k->size(0));
     }
@@ -88,6 +71,24 @@ void check_lse(const char* arg, const Tensor& lse, const Tensor& like) {
 }
 
 }  // namespace
+
+int64_t check_offsets(const char* op, const char* arg, const Tensor& cu, int64_t total,
+                      const Tensor& q) {
+  check(cu.dim() == 1 && cu.size(0) >= 1, op, ": ", arg, ": expected shape (sequences + 1,), got ",
+        ShapeOf{cu});
+  check(cu.scalar_type() == ScalarType::Int && cu.is_contiguous(), op, ": ", arg,
+        ": expected contiguous int32, got ", dtype_text(cu.scalar_type()));
+  check_same_device(op, arg, cu, "q", q);
+  const int64_t last = cu.size(0) - 1;
+  if (!cu.is_cpu()) return last;
+  const auto* at = static_cast<const int32_t*>(cu.const_data_ptr());
+  check(at[0] == 0 && at[last] == total, op, ": ", arg, ": expected offsets from 0 to ", total,
+        ", the tokens, got ", at[0], " to ", at[last]);
+  for (int64_t i = 0; i < last; i++)
+    check(at[i] <= at[i + 1], op, ": ", arg, ": expected rising offsets, got ", at[i], " before ",
+          at[i + 1]);
+  return last;
+}
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double scale, bool causal,
                                          int64_t window, MaybeTensor cu_q, MaybeTensor cu_k) {

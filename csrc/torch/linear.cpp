@@ -33,31 +33,19 @@ struct Linear {
 
 }  // namespace
 
-std::vector<Tensor> linear_each(const Tensor& x, const std::vector<Tensor>& weights) {
+Tensor linear(Tensor x, Tensor weight) {
   const char* op = "linear";
   const Backend backend = kernels_for(op, "x", x);
   const DType dtype = dtype_of(op, "x", x);
   const RowView in = rows_of(op, x);
-  std::vector<Tensor> kept, outputs;
-  std::vector<void*> y;
-  std::vector<const void*> w;
-  std::vector<int64_t> stride, N;
-  for (const Tensor& weight : weights) {
-    const Linear l(op, x, weight, x.scalar_type());
-    kept.push_back(l.w);
-    outputs.push_back(l.y);
-    y.push_back(l.y.mutable_data_ptr());
-    w.push_back(l.w.const_data_ptr());
-    stride.push_back(l.w.stride(0));
-    N.push_back(l.N);
-  }
+  const Linear l(op, x, weight, x.scalar_type());
+  void* y = l.y.mutable_data_ptr();
+  const void* w = l.w.const_data_ptr();
+  const int64_t stride = l.w.stride(0);
   if (in.count)
-    backend.run(&Kernels::linear, y.data(), in.data(), in.rows, w.data(), stride.data(), N.data(),
-                static_cast<int>(weights.size()), in.width, dtype);
-  return outputs;
+    backend.run(&Kernels::linear, &y, in.data(), in.rows, &w, &stride, &l.N, 1, in.width, dtype);
+  return l.y;
 }
-
-Tensor linear(Tensor x, Tensor weight) { return linear_each(x, {weight})[0]; }
 
 Tensor linear_int8(Tensor x, Tensor weight, Tensor scale) {
   const char* op = "linear_int8";

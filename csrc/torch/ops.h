@@ -41,8 +41,21 @@ void cross_entropy_bwd_(Tensor dloss, Tensor logits, Tensor target, Tensor lse,
                         int64_t ignore_index, double label_smoothing, double z_loss);
 
 Tensor linear(Tensor x, Tensor weight);
-std::vector<Tensor> linear_each(const Tensor& x, const std::vector<Tensor>& weights);
 Tensor linear_int8(Tensor x, Tensor weight, Tensor scale);
+
+// cos and sin for x (B, T, heads, D), with one pair of strides, and what kernels are told of them.
+struct RopeTables {
+  Tensor cos, sin;
+  DType dtype;
+  int64_t stride[2];  // batch (0: one table for all), token
+
+  RopeTables(const char* op, const Tensor& cos, const Tensor& sin, const Tensor& x, int64_t B,
+             int64_t T, int64_t D);
+};
+
+// Checks attention's offsets of packed sequences: rising, from 0 to `total`. Returns their number.
+int64_t check_offsets(const char* op, const char* arg, const Tensor& cu, int64_t total,
+                      const Tensor& q);
 
 std::tuple<Tensor, Tensor> blocks_cached(Tensor x, std::optional<Tensor> residual,
                                          std::vector<Tensor> weights, std::vector<double> eps,

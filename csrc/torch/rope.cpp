@@ -3,34 +3,6 @@
 namespace lx {
 namespace {
 
-// cos and sin with one pair of strides, and what the kernels are told of them.
-struct Tables {
-  Tensor cos, sin;
-  DType dtype;
-  int64_t stride[2];  // batch (0: one table for all), token
-
-  Tables(const char* op, const Tensor& cos_in, const Tensor& sin_in, const Tensor& x)
-      : cos(cos_in), sin(sin_in), dtype(second_dtype(op, "cos", cos_in, x)) {
-    const int64_t B = x.size(0), T = x.size(1), pairs = x.size(3) / 2;
-    const bool shared = cos.dim() == 2;
-    check((shared || (cos.dim() == 3 && cos.size(0) == B)) && cos.size(cos.dim() - 2) == T &&
-              cos.size(cos.dim() - 1) == pairs,
-          op, ": cos: expected shape (", T, ", ", pairs, ") or (", B, ", ", T, ", ", pairs,
-          "), got ", ShapeOf{cos});
-    check_same_device(op, "cos", cos, "x", x);
-    check_like(op, "sin", sin, "cos", cos);
-    cos = with_contiguous_last(cos, 1);
-    bool same_strides = true;
-    for (int64_t i = 0; i < cos.dim(); i++) same_strides &= sin.stride(i) == cos.stride(i);
-    if (!same_strides) {
-      cos = torch::stable::contiguous(cos);
-      sin = torch::stable::contiguous(sin);
-    }
-    stride[0] = shared ? 0 : cos.stride(0);
-    stride[1] = cos.stride(cos.dim() - 2);
-  }
-};
-
 void check_heads(const char* op, const char* arg, const Tensor& x) {
   check(x.dim() == 4, op, ": ", arg, ": expected shape (B, T, H, D), got ", ShapeOf{x});
   check(x.size(3) % 2 == 0, op, ": ", arg, ": expected an even last dimension, got ", x.size(3));
@@ -42,11 +14,33 @@ Rows rows_of(const Tensor& x) {
 
 }  // namespace
 
+RopeTables::RopeTables(const char* op, const Tensor& cos_in, const Tensor& sin_in, const Tensor& x,
+                       int64_t B, int64_t T, int64_t D)
+    : cos(cos_in), sin(sin_in), dtype(second_dtype(op, "cos", cos_in, x)) {
+  const int64_t pairs = D / 2;
+  const bool shared = cos.dim() == 2;
+  check((shared || (cos.dim() == 3 && cos.size(0) == B)) && cos.size(cos.dim() - 2) == T &&
+            cos.size(cos.dim() - 1) == pairs,
+        op, ": cos: expected shape (", T, ", ", pairs, ") or (", B, ", ", T, ", ", pairs,
+        "), got ", ShapeOf{cos});
+  check_same_device(op, "cos", cos, "x", x);
+  check_like(op, "sin", sin, "cos", cos);
+  cos = with_contiguous_last(cos, 1);
+  bool same_strides = true;
+  for (int64_t i = 0; i < cos.dim(); i++) same_strides &= sin.stride(i) == cos.stride(i);
+  if (!same_strides) {
+    cos = torch::stable::contiguous(cos);
+    sin = torch::stable::contiguous(sin);
+  }
+  stride[0] = shared ? 0 : cos.stride(0);
+  stride[1] = cos.stride(cos.dim() - 2);
+}
+
 Tensor rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse) {
   const Backend backend = kernels_for("rope", "x", x);
   const DType dtype = dtype_of("rope", "x", x);
   check_heads("rope", "x", x);
-  const Tables tables("rope", cos, sin, x);
+  const RopeTables tables("rope", cos, sin, x, x.size(0), x.size(1), x.size(3));
   const Tensor in = with_contiguous_last(x, 1);
   Tensor y = new_like(x);
   if (y.numel())
@@ -67,7 +61,7 @@ std::tuple<Tensor, Tensor> rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, b
         "), got ", ShapeOf{k});
   check_same_dtype("rope_qk", "k", k, "q", q);
   check_same_device("rope_qk", "k", k, "q", q);
-  const Tables tables("rope_qk", cos, sin, q);
+  const RopeTables tables("rope_qk", cos, sin, q, q.size(0), q.size(1), q.size(3));
   const Tensor q_in = with_contiguous_last(q, 1), k_in = with_contiguous_last(k, 1);
   Tensor q_out = new_like(q), k_out = new_like(k);
   if (q_out.numel() + k_out.numel())
