@@ -1,10 +1,10 @@
 // Attention backward, by recomputation from lse. Formulas in csrc/api.h.
 //
-// Transposed: tiles of scores are (keys, queries), and have the bits of the forward's. One pass over
-// the tiles makes all three gradients with five products a tile. An item of work is one key/value
-// head with the query heads that share it; it takes kSpan keys at a time, with their gradients at
-// hand, over all strips of queries, whose gradients wait in fp32 between the spans. So every
-// gradient has one writer and one order of sums.
+// Transposed: tiles of scores are (keys, queries), and have the bits of the forward's. One pass
+// over the tiles makes all three gradients with five products a tile. An item of work is one
+// key/value head with the query heads that share it; it takes kSpan keys at a time, with their
+// gradients at hand, over all strips of queries, whose gradients wait in fp32 between the spans. So
+// every gradient has one writer and one order of sums.
 #pragma once
 #include "attention.h"
 

@@ -13,7 +13,9 @@ namespace lx {
 namespace {
 
 constexpr const char* kOp = "blocks_cached";
-constexpr int64_t kWeights = 9, kEps = 2;  // of a block
+// A block's weights and eps, as block.py has them.
+enum { kAttentionNorm, kWq, kWk, kWv, kWo, kFfnNorm, kW1, kW3, kW2, kWeights };
+constexpr int64_t kEps = 2;
 
 // All blocks' keys or values, whose heads together are `width` wide.
 void check_cache(const char* arg, const Tensor& cache, const Tensor& x, int64_t blocks,
@@ -53,14 +55,14 @@ struct Block {
     const auto whole_heads = [&](const Tensor& w) {
       return head_dim > 0 && w.dim() == 2 && w.size(0) > 0 && w.size(0) % head_dim == 0;
     };
-    check(whole_heads(weights[1]) && whole_heads(weights[2]), kOp, ": weights: expected heads of ",
-          head_dim, ", got weights of queries ", ShapeOf{weights[1]}, " and of keys ",
-          ShapeOf{weights[2]});
-    check_same_shape(kOp, "weights of keys", weights[2], "those of the first block", first_wk);
-    check_same_shape(kOp, "weights of values", weights[3], "weights of keys", weights[2]);
-    check(weights[6].dim() == 2, kOp, ": weights: expected w1 of shape (F, ", C, "), got ",
-          ShapeOf{weights[6]});
-    width = weights[1].size(0), hidden = weights[6].size(0);
+    check(whole_heads(weights[kWq]) && whole_heads(weights[kWk]), kOp,
+          ": weights: expected heads of ", head_dim, ", got weights of queries ",
+          ShapeOf{weights[kWq]}, " and of keys ", ShapeOf{weights[kWk]});
+    check_same_shape(kOp, "weights of keys", weights[kWk], "those of the first block", first_wk);
+    check_same_shape(kOp, "weights of values", weights[kWv], "weights of keys", weights[kWk]);
+    check(weights[kW1].dim() == 2, kOp, ": weights: expected w1 of shape (F, ", C, "), got ",
+          ShapeOf{weights[kW1]});
+    width = weights[kWq].size(0), hidden = weights[kW1].size(0);
     const auto matrix = [&](const char* name, const Tensor& w, int64_t N, int64_t K) {
       check(w.dim() == 2 && w.size(0) == N && w.size(1) == K, kOp, ": weights: expected ", name,
             " of shape (", N, ", ", K, "), got ", ShapeOf{w});
@@ -68,16 +70,16 @@ struct Block {
       check_same_device(kOp, "weights", w, "x", x);
       return with_contiguous_last(w, 1);
     };
-    attention_norm = norm(weights[0]), ffn_norm = norm(weights[5]);
+    attention_norm = norm(weights[kAttentionNorm]), ffn_norm = norm(weights[kFfnNorm]);
     attention_norm_dtype = second_dtype(kOp, "weights", attention_norm, x);
     ffn_norm_dtype = second_dtype(kOp, "weights", ffn_norm, x);
-    wq = matrix("wq", weights[1], width, C);
-    wk = matrix("wk", weights[2], weights[2].size(0), C);
-    wv = matrix("wv", weights[3], weights[2].size(0), C);
-    wo = matrix("wo", weights[4], C, width);
-    w1 = matrix("w1", weights[6], hidden, C);
-    w3 = matrix("w3", weights[7], hidden, C);
-    w2 = matrix("w2", weights[8], C, hidden);
+    wq = matrix("wq", weights[kWq], width, C);
+    wk = matrix("wk", weights[kWk], weights[kWk].size(0), C);
+    wv = matrix("wv", weights[kWv], weights[kWk].size(0), C);
+    wo = matrix("wo", weights[kWo], C, width);
+    w1 = matrix("w1", weights[kW1], hidden, C);
+    w3 = matrix("w3", weights[kW3], hidden, C);
+    w2 = matrix("w2", weights[kW2], C, hidden);
   }
 };
 
@@ -171,10 +173,10 @@ std::tuple<Tensor, Tensor> blocks_cached(Tensor x, std::optional<Tensor> residua
   std::vector<Block> blocks;
   int64_t width = 0, hidden = 0;  // the widest block's
   for (int64_t i = 0; i < count; i++) {
-    blocks.emplace_back(&weights[i * kWeights], x, head_dim, weights[2]);
+    blocks.emplace_back(&weights[i * kWeights], x, head_dim, weights[kWk]);
     width = std::max(width, blocks[i].width), hidden = std::max(hidden, blocks[i].hidden);
   }
-  const int64_t kv_width = weights[2].size(0);
+  const int64_t kv_width = weights[kWk].size(0);
   check_cache("k_cache", k_cache, x, count, kv_width, head_dim);
   check_cache("v_cache", v_cache, x, count, kv_width, head_dim);
   check_same_shape(kOp, "v_cache", v_cache, "k_cache", k_cache);
