@@ -79,6 +79,7 @@ def _rank(rank, world, folder, sender, function, args):
     try:  # to join, too: that fails where another rank dies meanwhile
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                                 world_size=world)
+        dist.barrier()  # nobody may leave while another still joins
         result = True, function(*args)
     except BaseException:
         result = False, f"rank {rank}: {traceback.format_exc()}"
