@@ -7,6 +7,8 @@
 
 LX_NAMESPACE_BEGIN
 
+constexpr int kAmxSide = 16;  // of a tile of sums, in numbers
+
 #if defined(__AMX_BF16__)
 template <class E> constexpr bool kAmx = std::is_same_v<E, bf16>;
 
@@ -26,11 +28,13 @@ class AmxTiles {
   AmxTiles& operator=(const AmxTiles&) = delete;
 };
 
-// c (32, 16 vecs) = or += a (32, K units) b (K units, 16 vecs), K a multiple of 16, vecs 1 or 2.
-template <bool kAdd, int vecs>
+// c (16 groups, 16 vecs) = or += a (16 groups, K units) b (K units, 16 vecs), K a multiple of 16.
+// The four sums, in registers 0 to 3, are 1 group by up to 4 vectors or 2 by up to 2.
+template <bool kAdd, int groups, int vecs>
 inline void amx_product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
                         int64_t ldb, int64_t K) {
-  constexpr int64_t kSide = 16;
+  static_assert(groups == 1 || (groups == 2 && vecs <= 2));
+  constexpr int64_t kSide = kAmxSide;
   float* c_low = c + kSide * ldc;
   const float* a_low = a + kSide * lda;
   const int64_t b_next = kSide * ldb;
@@ -38,11 +42,11 @@ inline void amx_product(float* c, int64_t ldc, const float* a, int64_t lda, cons
   asm volatile("" ::: "memory");  // _tile_loadd does not say that it reads memory
   if (kAdd) {
     _tile_loadd(0, c, ldc);
-    _tile_loadd(2, c_low, ldc);
-    if (vecs == 2) {
-      _tile_loadd(1, c + kSide, ldc);
-      _tile_loadd(3, c_low + kSide, ldc);
-    }
+    if (vecs > 1) _tile_loadd(1, c + kSide, ldc);
+    if (groups == 2) _tile_loadd(2, c_low, ldc);
+    else if (vecs > 2) _tile_loadd(2, c + 2 * kSide, ldc);
+    if (groups == 2 && vecs == 2) _tile_loadd(3, c_low + kSide, ldc);
+    else if (vecs > 3) _tile_loadd(3, c + 3 * kSide, ldc);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -52,27 +56,37 @@ inline void amx_product(float* c, int64_t ldc, const float* a, int64_t lda, cons
   for (int64_t k = 0; k < K; k += kSide, a += kSide, a_low += kSide, b += b_next) {
     _tile_loadd(4, a, lda);
     _tile_loadd(6, b, ldb);
-    _tile_loadd(5, a_low, lda);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
-    if (vecs == 2) {
+    if (groups == 2) {
+      _tile_loadd(5, a_low, lda);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if (vecs > 1) {
       _tile_loadd(7, b + kSide, ldb);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      if (groups == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    if (vecs > 2) {
+      _tile_loadd(5, b + 2 * kSide, ldb);
+      _tile_dpbf16ps(2, 4, 5);
+    }
+    if (vecs > 3) {
+      _tile_loadd(6, b + 3 * kSide, ldb);
+      _tile_dpbf16ps(3, 4, 6);
     }
   }
   _tile_stored(0, c, ldc);
-  _tile_stored(2, c_low, ldc);
-  if (vecs == 2) {
-    _tile_stored(1, c + kSide, ldc);
-    _tile_stored(3, c_low + kSide, ldc);
-  }
+  if (vecs > 1) _tile_stored(1, c + kSide, ldc);
+  if (groups == 2) _tile_stored(2, c_low, ldc);
+  else if (vecs > 2) _tile_stored(2, c + 2 * kSide, ldc);
+  if (groups == 2 && vecs == 2) _tile_stored(3, c_low + kSide, ldc);
+  else if (vecs > 3) _tile_stored(3, c + 3 * kSide, ldc);
 }
 
 #else
 template <class E> constexpr bool kAmx = false;
 struct AmxTiles {};
-template <bool kAdd, int vecs, class... Args> void amx_product(const Args&...) = delete;
+template <bool kAdd, int groups, int vecs, class... Args> void amx_product(const Args&...) = delete;
 #endif
 
 // What must live while operands of E are multiplied.

@@ -12,6 +12,10 @@ LX_NAMESPACE_BEGIN
 
 constexpr int64_t kQueries = 64;  // of a strip
 
+// Keys whose scores are made, and used but for dq, before the next ones': they stay in the nearest
+// cache.
+constexpr int64_t kKeys = 16;
+
 // The vectors [begin, end) of a strip's queries that see some key of a group of rows, and what
 // whole groups of units need beside.
 struct Seen {
@@ -28,30 +32,29 @@ Seen seen_by(const Sequence& s, int64_t j, int64_t i0, int64_t rows) {
   return {begin, end < begin ? begin : end};
 }
 
-// scores (kBlock, kQueries) = +-keys (kBlock lines) * queries (transposed lines), K units each;
-// -inf where a key is not seen. Row n is key j0 + n, column r is query i0 + r, one of `rows`.
+// scores (kKeys, kQueries) = +-keys (kKeys lines) * queries (transposed lines), K units each; -inf
+// where a key is not seen. Row n is key j0 + n, column r is query i0 + r, one of `rows`.
 template <class E>
 void scores_of(Acc<E>* scores, const Acc<E>* keys, const Acc<E>* queries, int64_t ld, int64_t K,
                bool negative, const Sequence& s, int64_t j0, int64_t i0, int64_t rows) {
   using A = Acc<E>;
   const A hidden = -std::numeric_limits<A>::infinity();
-  const bool all_seen = rows == kQueries && j0 + kBlock <= s.S &&
-                        s.first_query(j0 + kBlock - 1) <= i0 && s.end_query(j0) >= i0 + rows;
-  for (int64_t n = 0; n < kBlock; n += kTileRows<E>) {
+  const bool all_seen = rows == kQueries && j0 + kKeys <= s.S &&
+                        s.first_query(j0 + kKeys - 1) <= i0 && s.end_query(j0) >= i0 + rows;
+  for (int64_t n = 0; n < kKeys; n += kTileRows<E>) {
     const Seen seen = seen_by<E>(s, j0 + n, i0, rows);
     product<false, E>(scores + n * kQueries, kQueries, keys + n * ld, ld, queries, kQueries,
                       seen.begin, seen.end, K);
-    if (negative)
-      for (int64_t r = n * kQueries; r < (n + kTileRows<E>) * kQueries; r++) scores[r] = -scores[r];
-    for (int64_t m = n; !all_seen && m < n + kTileRows<E>; m++) {
-      const bool exists = j0 + m < s.S;
-      const int64_t from = exists ? clamp(s.first_query(j0 + m) - i0, 0, kQueries) : kQueries;
-      const int64_t end = exists ? least(s.end_query(j0 + m) - i0, rows) : kQueries;
-      const int64_t to = clamp(end, from, kQueries);
-      A* row = scores + m * kQueries;
-      for (int64_t r = 0; r < from; r++) row[r] = hidden;
-      for (int64_t r = to; r < kQueries; r++) row[r] = hidden;
-    }
+  }
+  for (int64_t r = 0; negative && r < kKeys * kQueries; r++) scores[r] = -scores[r];
+  for (int64_t m = 0; !all_seen && m < kKeys; m++) {
+    const bool exists = j0 + m < s.S;
+    const int64_t from = exists ? clamp(s.first_query(j0 + m) - i0, 0, kQueries) : kQueries;
+    const int64_t end = exists ? least(s.end_query(j0 + m) - i0, rows) : kQueries;
+    const int64_t to = clamp(end, from, kQueries);
+    A* row = scores + m * kQueries;
+    for (int64_t r = 0; r < from; r++) row[r] = hidden;
+    for (int64_t r = to; r < kQueries; r++) row[r] = hidden;
   }
 }
 
@@ -92,15 +95,16 @@ template <class E> struct BackwardScratch {
   A *queries, *douts;                     // (D units, kQueries) transposed lines
   A *query_pairs, *dout_pairs;            // (kQueries units, width)
   A *lse, *delta;                         // (kQueries)
-  A *scores, *dweights;                   // (kBlock, kQueries)
-  A *weight_lines, *ds_lines, *ds_pairs;  // (kBlock, kQueries units), (kBlock units, kQueries)
-  A *rows;                                // (kQueries, D)
+  A *scores, *dweights;                   // (kKeys, kQueries)
+  A *weight_lines, *ds_lines;             // (kKeys, kQueries units)
+  A *ds_pairs;                            // (kBlock units, kQueries)
+  A *rows;                                // (kQueries, width)
   A *dq;                                  // per head and strip (width, kQueries)
   int64_t bytes;
 
   BackwardScratch(char* memory, int64_t D, int64_t heads, int64_t strips) {
     Cutter cut(memory);
-    constexpr int64_t kBlocks = kSpan / kBlock, kTile = kBlock * kQueries;
+    constexpr int64_t kBlocks = kSpan / kBlock, kTile = kKeys * kQueries;
     lines_ld = round_up((D + kUnit<E> - 1) / kUnit<E>, kPad<E>);
     width = round_up(D, kPad<E>);
     keys = cut.template array<A>(kBlocks * kBlock * lines_ld);
@@ -118,9 +122,9 @@ template <class E> struct BackwardScratch {
     scores = cut.template array<A>(kTile);
     dweights = cut.template array<A>(kTile);
     weight_lines = kUnit<E> == 1 ? scores : cut.template array<A>(kTile / kUnit<E>);
-    ds_lines = kUnit<E> == 1 ? dweights : cut.template array<A>(kTile / kUnit<E>);
-    ds_pairs = kUnit<E> == 1 ? dweights : cut.template array<A>(kTile / kUnit<E>);
-    rows = cut.template array<A>(kQueries * most(width, lines_ld));
+    ds_pairs = cut.template array<A>(kBlock / kUnit<E> * kQueries);
+    ds_lines = kUnit<E> == 1 ? nullptr : cut.template array<A>(kTile / kUnit<E>);
+    rows = cut.template array<A>(kQueries * width);
     dq = cut.template array<A>(heads * strips * width * kQueries);
     bytes = cut.used();
   }
@@ -129,12 +133,14 @@ template <class E> struct BackwardScratch {
 // weights = base^(factor * scores - lse) and ds = weights * (dweights - delta), as operands; lse in
 // powers of the base. Both are 0 where the score is -inf, as it is where a key is not seen, even if
 // lse, dweights or delta are NaN.
-template <class E> void weights_and_ds(const BackwardScratch<E>& w, Acc<E> factor) {
+template <class E>
+void weights_and_ds(const BackwardScratch<E>& w, Acc<E>* ds_lines, Acc<E>* ds_pairs,
+                    Acc<E> factor) {
   using A = Acc<E>;
   constexpr int kU = kUnit<E>;
   constexpr int64_t kLane = kLanes<A>, kLine = kQueries / kU;
   const Vec<A> hidden = splat(-std::numeric_limits<A>::infinity()), zero{};
-  for (int64_t n = 0; n < kBlock; n += kU)
+  for (int64_t n = 0; n < kKeys; n += kU)
     for (int64_t r = 0; r < kQueries; r += kU * kLane) {
       Vec<A> p[kU][kU], ds[kU][kU];  // kU keys, kU vectors of queries
       for (int i = 0; i < kU; i++)
@@ -148,11 +154,11 @@ template <class E> void weights_and_ds(const BackwardScratch<E>& w, Acc<E> facto
         }
       for (int i = 0; i < kU; i++) {
         store(w.weight_lines + (n + i) * kLine + r / kU, line<E>(p[i][0], p[i][kU - 1]));
-        store(w.ds_lines + (n + i) * kLine + r / kU, line<E>(ds[i][0], ds[i][kU - 1]));
+        store(ds_lines + (n + i) * kLine + r / kU, line<E>(ds[i][0], ds[i][kU - 1]));
       }
       if constexpr (kU > 1)
         for (int v = 0; v < kU; v++)
-          store(w.ds_pairs + n / kU * kQueries + r + v * kLane, unit<E>(ds[0][v], ds[1][v]));
+          store(ds_pairs + n / kU * kQueries + r + v * kLane, unit<E>(ds[0][v], ds[1][v]));
     }
 }
 
@@ -163,31 +169,33 @@ void backward_tile(const BackwardScratch<E>& w, int block, Acc<E>* dq, const Seq
   using A = Acc<E>;
   constexpr int kU = kUnit<E>;
   const int64_t units = (D + kU - 1) / kU;
-  const A* keys = w.keys + block * kBlock * w.lines_ld;
-  const A* values = w.values + block * kBlock * w.lines_ld;
-  scores_of<E>(w.scores, keys, w.queries, w.lines_ld, units, scale.negative, s, j0,
-               i0, rows);
-  memset(w.dweights, 0, kBlock * kQueries * sizeof(A));
-  for (int64_t n = 0; n < kBlock; n += kTileRows<E>) {
-    const Seen seen = seen_by<E>(s, j0 + n, i0, rows);
-    product<false, E>(w.dweights + n * kQueries, kQueries, values + n * w.lines_ld, w.lines_ld,
-                      w.douts, kQueries, seen.begin, seen.end, units);
-  }
-  weights_and_ds(w, scale.factor);
   const int vecs = w.width / kLanes<A>;
-  for (int64_t n = 0; n < kBlock; n += kTileRows<E>) {
-    const Seen seen = seen_by<E>(s, j0 + n, i0, rows);
-    const int64_t first = seen.begin * kLanes<A> / kU;  // queries, in units
-    const int64_t count = (seen.end - seen.begin) * kLanes<A> / kU;
-    const int64_t at = (block * kBlock + n) * w.width, line = n * (kQueries / kU) + first;
-    product<true, E>(w.dv + at, w.width, w.weight_lines + line, kQueries / kU,
-                     w.dout_pairs + first * w.width, w.width, 0, vecs, count);
-    product<true, E>(w.dk + at, w.width, w.ds_lines + line, kQueries / kU,
-                     w.query_pairs + first * w.width, w.width, 0, vecs, count);
+  for (int64_t m = 0; m < kBlock; m += kKeys) {
+    const int64_t row = block * kBlock + m;
+    A* ds_pairs = w.ds_pairs + m / kU * kQueries;
+    A* ds_lines = kU == 1 ? ds_pairs : w.ds_lines;
+    scores_of<E>(w.scores, w.keys + row * w.lines_ld, w.queries, w.lines_ld, units, scale.negative,
+                 s, j0 + m, i0, rows);
+    for (int64_t n = 0; n < kKeys; n += kTileRows<E>) {
+      const Seen seen = seen_by<E>(s, j0 + m + n, i0, rows);
+      product<false, E>(w.dweights + n * kQueries, kQueries, w.values + (row + n) * w.lines_ld,
+                        w.lines_ld, w.douts, kQueries, seen.begin, seen.end, units);
+    }
+    weights_and_ds(w, ds_lines, ds_pairs, scale.factor);
+    for (int64_t n = 0; n < kKeys; n += kTileRows<E>) {
+      const Seen seen = seen_by<E>(s, j0 + m + n, i0, rows);
+      const int64_t first = seen.begin * kLanes<A> / kU;  // queries, in units
+      const int64_t count = (seen.end - seen.begin) * kLanes<A> / kU;
+      const int64_t at = (row + n) * w.width, line = n * (kQueries / kU) + first;
+      product<true, E>(w.dv + at, w.width, w.weight_lines + line, kQueries / kU,
+                       w.dout_pairs + first * w.width, w.width, 0, vecs, count);
+      product<true, E>(w.dk + at, w.width, ds_lines + line, kQueries / kU,
+                       w.query_pairs + first * w.width, w.width, 0, vecs, count);
+    }
   }
   for_each_query_group<E>(s, j0, i0, rows, [&](int begin, int end, int64_t n) {
-    accumulate_over_keys<E>(dq, w.keys_t + block * (kBlock / kU) * w.width, w.ds_pairs,
-                                      begin, end, n, D);
+    accumulate_over_keys<E>(dq, w.keys_t + block * (kBlock / kU) * w.width, w.ds_pairs, begin, end,
+                            n, D);
   });
 }
 
@@ -206,8 +214,9 @@ void lay_out_keys(const BackwardScratch<E>& w, int block, const T* k, int64_t k_
 template <class T, class E>
 void lay_out_queries(const BackwardScratch<E>& w, Acc<E>* lines_t, Acc<E>* pair_rows, const T* x,
                      int64_t stride, int64_t n, int64_t D) {
-  lines<E>(w.rows, w.lines_ld, kQueries, x, stride, n, D);
-  transpose(lines_t, kQueries, w.rows, w.lines_ld, kQueries, w.lines_ld);
+  transposed_lines<E>(lines_t, kQueries, kQueries, D, [&](int64_t i) {
+    return i < n ? x + i * stride : nullptr;
+  });
   pairs<E>(pair_rows, w.width, kQueries, x, stride, n, D);
 }
 

@@ -101,7 +101,7 @@ template <class A> A lse_of(double top, A sum) {
   constexpr A kInf = std::numeric_limits<A>::infinity();
   if (sum == 0) return -kInf;
   if (top == kInf) return kInf;
-  return static_cast<A>(top + std::log(double(sum)));
+  return static_cast<A>(top + std::log(sum));
 }
 
 // Scores (n) of the keys of [0, n) outside [from, to) become -inf.
@@ -171,12 +171,12 @@ void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
   for (int64_t span = s.first_key(begin) / kBlock * kBlock; span < keys_end; span += kSpan) {
     const int blocks = (least(kSpan, keys_end - span) + kBlock - 1) / kBlock;
     for (int block = 0; block < blocks; block++) {
-      const int64_t j0 = span + block * kBlock, n = least(kBlock, s.S - j0);
+      const int64_t j0 = span + block * kBlock, left = s.S - j0;
       transposed_lines<E>(w.keys + block * kBlock * w.units, kBlock, kBlock, D, [&](int64_t j) {
-        return j < n ? k + (j0 + j) * a.k_stride[1] : nullptr;
+        return j < left ? k + (j0 + j) * a.k_stride[1] : nullptr;
       });
       pairs<E>(w.values + block * (kBlock / kUnit<E>) * w.width, w.width, kBlock,
-               v + j0 * a.v_stride[1], a.v_stride[1], n, D);
+               v + j0 * a.v_stride[1], a.v_stride[1], least(kBlock, left), D);
     }
     for (int64_t strip = begin; strip < end; strip += kStrip)
       for (int block = 0; block < blocks; block++)

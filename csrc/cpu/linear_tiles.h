@@ -10,7 +10,10 @@
 
 LX_NAMESPACE_BEGIN
 
-template <class E> constexpr int64_t kPanel = kTileVecs<E> * kLanes<Acc<E>>;  // columns
+// Rows and columns of a product: with AMX square, which fetches least.
+template <class E> constexpr int kRows = kAmx<E> ? 2 * kAmxSide : kTileRows<E>;
+template <class E>
+constexpr int64_t kPanel = kTileVecs<E> * kTileRows<E> / kRows<E> * kLanes<Acc<E>>;
 template <class E>
 constexpr int64_t kDepth = kAmx<E> ? 256 : 128;  // units; longer chains of sums round more
 constexpr int64_t kMostColumns = 512;
@@ -49,7 +52,7 @@ Status linear_tiles(T* const* y, const void* x, const Rows& x_rows, const W* con
   const int64_t threads = num_threads(stream), group = least(columns, kMostColumns);
   int64_t all = 0, rows = columns <= 32 ? 32 : columns <= 128 ? 64 : 128;
   for (int i = 0; i < weights; i++) all += N[i];
-  while (rows > kPad<E> && all / rows < 4 * threads) rows /= 2;
+  while (rows > most(kRows<E>, kLane) && all / rows < 4 * threads) rows /= 2;
   int64_t items = 0;
   for (int i = 0; i < weights; i++) items += (N[i] + rows - 1) / rows;
 
@@ -94,11 +97,11 @@ Status linear_tiles(T* const* y, const void* x, const Rows& x_rows, const W* con
           }
         }
         for (int64_t m = begin; m < end; m += kPanel<E>)
-          for (int64_t r = 0; r < left; r += kTileRows<E>) {
+          for (int64_t r = 0; r < left; r += kRows<E>) {
             const auto add = [&](auto kAdd) {
-              product<kAdd, E, true>(sums + r * group + m - begin, group, a + r * lda, lda,
-                                     panel(m) + k / kU * width(m), width(m), 0, width(m) / kLane,
-                                     (run + kU - 1) / kU);
+              product<kAdd, E, kRows<E>, true>(sums + r * group + m - begin, group, a + r * lda,
+                                               lda, panel(m) + k / kU * width(m), width(m), 0,
+                                               width(m) / kLane, (run + kU - 1) / kU);
             };
             k ? add(std::true_type{}) : add(std::false_type{});
           }

@@ -27,10 +27,10 @@ template <class T> using Factor = Acc<T>;
 template <class E> constexpr int kUnit = std::is_same_v<E, bf16> ? 2 : 1;
 
 // The shape of one tile of sums.
-template <class E> constexpr int kTileRows = kAmx<E> ? 32 : 4;
+template <class E> constexpr int kTileRows = kAmx<E> ? kAmxSide : 4;
 template <class E> constexpr int kTileUnits = kAmx<E> ? 16 : 1;
 #if defined(__AVX512F__)
-template <class E> constexpr int kTileVecs = kAmx<E> ? 2 : 4;  // 16 of 32 registers hold sums
+template <class E> constexpr int kTileVecs = 4;  // 16 of 32 registers hold sums; 4 of AMX's 8
 #else
 template <class E> constexpr int kTileVecs = 2;  // 8 of 16
 #endif
@@ -78,34 +78,29 @@ template <class E, int kVecs, int kSets> struct Tile {
   }
 };
 
-// Calls f(begin, n) for groups of up to kTileVecs of the vectors [begin, end), n a constant.
-template <class E, class F>
-inline void for_each_vec_group(int begin, int end, const F& f) {
-  constexpr int kVecs = kTileVecs<E>;
+// Calls f(begin, n) for groups of up to kVecs of the vectors [begin, end), n a constant.
+template <int kVecs, class F> inline void for_each_vec_group(int begin, int end, const F& f) {
   for (; begin + kVecs <= end; begin += kVecs) f(begin, std::integral_constant<int, kVecs>{});
-  switch (end - begin) {
-    case 1: return f(begin, std::integral_constant<int, 1>{});
-    case 2: return f(begin, std::integral_constant<int, 2>{});
-    case 3: return f(begin, std::integral_constant<int, 3>{});
-  }
+  if constexpr (kVecs > 1)
+    if (begin < end) for_each_vec_group<kVecs - 1>(begin, end, f);
 }
 
-// C = A B, or C += A B, for kTileRows rows, the vectors [begin, end) of columns and K units. A B is
+// C = A B, or C += A B, for kRows rows, the vectors [begin, end) of columns and K units. A B is
 // summed by itself first, as short chains of sums round less than one long one; but not by AMX,
 // whose factors were rounded to bf16. Unless kTwoSets lets narrow tiles sum in an order of their
 // own, a sum has the same bits whatever is computed beside it, and for B^T A^T.
-template <bool kAdd, class E, bool kTwoSets = false>
+template <bool kAdd, class E, int kRows = kTileRows<E>, bool kTwoSets = false>
 void product(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>* b, int64_t ldb,
              int begin, int end, int64_t K) {
   constexpr int64_t kLane = kLanes<Acc<E>>;
-  for_each_vec_group<E>(begin, end, [=](int at, auto vecs) {
+  for_each_vec_group<kTileVecs<E> * kTileRows<E> / kRows>(begin, end, [=](int at, auto vecs) {
     if constexpr (kAmx<E>) {
-      amx_product<kAdd, vecs>(c + at * kLane, ldc, a, lda, b + at * kLane, ldb,
-                              round_up(K, kTileUnits<E>));
+      amx_product<kAdd, kRows / kAmxSide, vecs>(c + at * kLane, ldc, a, lda, b + at * kLane, ldb,
+                                                round_up(K, kTileUnits<E>));
     } else {
       Tile<E, vecs, kTwoSets && vecs == 1 ? 2 : 1> tile;
       tile.multiply(a, lda, b + at * kLane, ldb, K);
-      for (int r = 0; r < kTileRows<E>; r++)
+      for (int r = 0; r < kRows; r++)
         for (int v = 0; v < vecs; v++) {
           Acc<E>* to = c + r * ldc + (at + v) * kLane;
           store(to, kAdd ? load(to) + tile.sum[r][v] : tile.sum[r][v]);
@@ -137,8 +132,8 @@ void lines(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, 
       prefetch(from + kAhead * stride, D);
       int64_t j = 0;
       for (; j + kStep <= D; j += kStep) memcpy(to + j, from + j, kVecBytes);
-      memcpy(to + j, from + j, (D - j) * sizeof(T));
-      memset(to + D, 0, ld * sizeof(Acc<E>) - D * sizeof(T));
+      if (j < D) memcpy(to + j, from + j, (D - j) * sizeof(T));
+      if (const int64_t rest = ld * sizeof(Acc<E>) - D * sizeof(T)) memset(to + D, 0, rest);
     } else {
       for_each_vec<Acc<E>>(D, [&](int64_t j, auto w) {
         store(line + j, load(x + i * stride + j, w), w);
@@ -299,7 +294,7 @@ void transpose(A* out, int64_t ld_out, const A* x, int64_t ld, int64_t rows, int
 }
 
 // out (D units, ld), columns [0, columns) = the transposed lines of rows of D elements. row(i) is
-// where row i lies; null: zeros.
+// where row i lies; null: zeros. Rows beyond the columns are fetched for whoever lays them out next.
 template <class E, class Row>
 void transposed_lines(Acc<E>* out, int64_t ld, int64_t columns, int64_t D, const Row& row) {
   using A = Acc<E>;
@@ -308,7 +303,8 @@ void transposed_lines(Acc<E>* out, int64_t ld, int64_t columns, int64_t D, const
     for (int64_t d = 0; d < D; d += kFactors<E>) {
       Vec<A> block[kLane];
       for (int r = 0; r < kLane; r++) {
-        const auto* x = row(i + r);
+        const auto *x = row(i + r), *next = row(i + kLane + r);
+        if (next) __builtin_prefetch(next + d);
         block[r] = x ? factors_left<E>(x + d, D - d) : Vec<A>{};
       }
       transpose<A>(block);
