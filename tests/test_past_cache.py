@@ -41,3 +41,20 @@ def test_large_outputs(pytestconfig, isa, op, dtype, width):
     for i in range(0, len(got), PIECE):
         assert torch.equal(got[i:i + PIECE], expected)
         assert torch.equal(large.grad[i:i + PIECE], small.grad)
+
+
+# Of the rows past the caches one element is written again: at the target, here in turn each of a
+# vector's.
+@pytest.mark.parametrize("width", [4096, 4097, 4112])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_large_gradient_of_logits(pytestconfig, isa, dtype, width):
+    if pytestconfig.getoption("backend") != "cpu":
+        pytest.skip("of the CPU kernels")
+    small = randn(PIECE, width, dtype=dtype).requires_grad_()
+    large = small.detach().repeat(PIECES, 1).requires_grad_()
+    target, cotangent = torch.arange(PIECE) * 33 % width, randn(PIECE)
+    lx.cross_entropy(small, target, reduction="none").backward(cotangent)
+    lx.cross_entropy(large, target.repeat(PIECES), reduction="none").backward(
+        cotangent.repeat(PIECES))
+    for i in range(0, len(large), PIECE):
+        assert torch.equal(large.grad[i:i + PIECE], small.grad)

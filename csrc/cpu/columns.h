@@ -17,10 +17,11 @@ template <class T, class A> inline void store(T* p, Vec<A> v, Whole<A>, bool pas
 template <class T, class V> inline void store(T* p, V v, int64_t n, bool) { store(p, v, n); }
 
 // Of 2 kLanes elements every second one: those at 0, 2 and so on, or those at 1, 3 and so on. bf16
-// goes in such pairs where there is no AVX-512: a register holds both, in the lower and in the upper
-// halves of its lanes, so that no element moves from lane to lane. What is stored of the odd ones is
-// kept until the even ones are stored, in the same order.
-template <class T> constexpr bool kInPairs = std::is_same_v<T, bf16> && kVecBytes < 64;
+// goes in such pairs where it is only read, or there is no AVX-512: a register holds both, in the
+// lower and in the upper halves of its lanes, so that no element moves from lane to lane. What is
+// stored of the odd ones is kept until the even ones are stored, in the same order.
+template <class T> constexpr bool kReadInPairs = std::is_same_v<T, bf16>;
+template <class T> constexpr bool kInPairs = kReadInPairs<T> && kVecBytes < 64;
 struct OddKept {
   Bits32 bits[2];
   int stored = 0, taken = 0;
@@ -80,9 +81,11 @@ template <class A, class N> inline void store_ordered(A* row, int64_t j, Vec<A> 
   else store(row + j, v, n);
 }
 
-// Fetches the element 1,024 after p: the CPU's own fetching ahead ends with each page.
-template <class T, class N> inline void fetch_ahead(const T* p, N) {
-  if constexpr (!std::is_same_v<N, Even>) __builtin_prefetch(p + 1024);
+// Fetches the element `ahead` after element j of a row, a vector's first, once a line: the CPU's own
+// fetching ahead ends with each page.
+template <class T> inline void fetch_ahead(const T* row, int64_t j, int64_t ahead) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (kLanes<Acc<T>> >= kLine || j % kLine == 0) __builtin_prefetch(row + j + ahead);
 }
 
 // load, with `fill` beyond the last element.
@@ -109,12 +112,12 @@ template <class T, class Body> inline void for_each_vec(int64_t width, Body body
 }
 
 // Likewise; body(j, n, sum) with one of four sums, so that no addition waits for the one before.
-template <class T, class V, class Body>
+template <class T, bool kPairs = kInPairs<T>, class V, class Body>
 inline void for_each_vec(int64_t width, V (&sums)[4], Body body) {
   using A = Acc<T>;
   int64_t j = 0;
   for (; j + 4 * kLanes<A> <= width; j += 4 * kLanes<A>)
-    if constexpr (kInPairs<T>) {
+    if constexpr (kPairs) {
       OddKept kept[2];
 #pragma GCC unroll 2
       for (int i = 0; i < 2; i++) {

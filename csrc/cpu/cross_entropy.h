@@ -24,8 +24,8 @@ template <class T> Acc<T> largest(const T* z, int64_t V) {
 template <class T> Acc<T> sum_of_exp(const T* z, int64_t V, Acc<T> shift) {
   using A = Acc<T>;
   Vec<A> sums[4] = {};
-  for_each_vec<T>(V, sums, [&](int64_t j, auto n, Vec<A>& s) {
-    fetch_ahead(z + j, n);
+  for_each_vec<T, kReadInPairs<T>>(V, sums, [&](int64_t j, auto n, Vec<A>& s) {
+    fetch_ahead(z, j, 1024);
     s += exp_near(load_or(-std::numeric_limits<A>::infinity(), z + j, n) - shift);
   });
   return sum(sums);
@@ -50,7 +50,9 @@ template <class T> Acc<T> log_sum_exp(const T* z, int64_t V) {
 // sum(z) of a row of V.
 template <class T> Acc<T> row_sum(const T* z, int64_t V) {
   Vec<Acc<T>> sums[4] = {};
-  for_each_vec<T>(V, sums, [&](int64_t j, auto n, auto& s) { s += load(z + j, n); });
+  for_each_vec<T, kReadInPairs<T>>(V, sums, [&](int64_t j, auto n, auto& s) {
+    s += load(z + j, n);
+  });
   return sum(sums);
 }
 
@@ -108,6 +110,8 @@ Status cross_entropy_bwd(void* dlogits, const void* logits, Rows logits_rows, co
     using A = Acc<T>;
     const A smoothing = label_smoothing, z_factor = z_loss;
     const A on_target = (1 - label_smoothing) + label_smoothing / V;
+    const bool past = dlogits != logits &&
+                      past_cache(static_cast<T*>(dlogits), count(logits_rows), V, V);
     parallel_for(stream, count(logits_rows), grain_rows(V), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const T* z = row<T>(logits, logits_rows, i);
@@ -128,9 +132,10 @@ Status cross_entropy_bwd(void* dlogits, const void* logits, Rows logits_rows, co
           at_target = (p - on_target) * dl + p * of_z_loss;
         }
         for_each_vec<T>(V, [&](int64_t j, auto n) {
-          fetch_ahead(z + j, n);
-          store(dz + j, exp_to<T>(load(z + j, n) - row_lse) * scale - even, n);
+          fetch_ahead(z, j, 1024);
+          store(dz + j, exp_to<T>(load(z + j, n) - row_lse) * scale - even, n, past);
         });
+        if (past) _mm_sfence();  // before another store to the same place
         if (is_column) store(dz + target[i], at_target, 1);
       }
     });

@@ -30,8 +30,8 @@ void rmsnorm_fwd_row(T* y, T* h, Acc<T>* rstd, const T* x, const T* residual, co
   *rstd = static_cast<A>(1 / std::sqrt(mean + eps));
   const T* in = residual ? h : x;
   for_each_vec<Columns<T, W>>(D, [&](int64_t j, auto n) {
-    __builtin_prefetch(x + D + j);
-    if (residual) __builtin_prefetch(residual + D + j);
+    fetch_ahead(x, j, D);
+    if (residual) fetch_ahead(residual, j, D);
     store(y + j, load(in + j, n) * *rstd * load(weight + j, n), n, past);
   });
 }
@@ -77,13 +77,13 @@ void rmsnorm_bwd_rows(T* dx, Acc<T>* dw, const T* const* dy, const T* const* dh,
       T* dx_row = dx + r * D;
       const A inverse = rstd[r], factor = scale[r];
       for_each_vec<Columns<T, W>>(D - begin < kRun ? D - begin : kRun, [&](int64_t k, auto n) {
-        const int64_t j = begin + k, next = j + kRows * D;
-        __builtin_prefetch(dy_row + next);
-        __builtin_prefetch(h_row + next);
+        const int64_t j = begin + k;
+        fetch_ahead(dy_row, j, kRows * D);
+        fetch_ahead(h_row, j, kRows * D);
         const Vec<A> g = load(dy_row + j, n), v = load(h_row + j, n);
         Vec<A> d = inverse * (g * load(weight + j, n) - v * factor);
         if (dh_row) {
-          __builtin_prefetch(dh_row + next);
+          fetch_ahead(dh_row, j, kRows * D);
           d += load(dh_row + j, n);
         }
         store(dx_row + j, d, n, past);
