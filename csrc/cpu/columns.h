@@ -81,8 +81,8 @@ template <class A, class N> inline void store_ordered(A* row, int64_t j, Vec<A> 
   else store(row + j, v, n);
 }
 
-// Fetches the element `ahead` after element j of a row, a vector's first, once a line: the CPU's own
-// fetching ahead ends with each page.
+// Fetches the element `ahead` after element j of a row, a vector's first, once a line: the CPU's
+// own fetching ahead ends with each page.
 template <class T> inline void fetch_ahead(const T* row, int64_t j, int64_t ahead) {
   constexpr int64_t kLine = 64 / sizeof(T);
   if (kLanes<Acc<T>> >= kLine || j % kLine == 0) __builtin_prefetch(row + j + ahead);

@@ -294,7 +294,7 @@ void transpose(A* out, int64_t ld_out, const A* x, int64_t ld, int64_t rows, int
 }
 
 // out (D units, ld), columns [0, columns) = the transposed lines of rows of D elements. row(i) is
-// where row i lies; null: zeros. Rows beyond the columns are fetched for whoever lays them out next.
+// where row i lies; null: zeros. Rows beyond the columns are fetched for the next call.
 template <class E, class Row>
 void transposed_lines(Acc<E>* out, int64_t ld, int64_t columns, int64_t D, const Row& row) {
   using A = Acc<E>;
