@@ -90,18 +90,14 @@ inline void softmax_step(Acc<E>* weights, const Acc<E>* scores, N n, Acc<E>* top
   }
 }
 
-// What the sums over the keys are divided by, as its inverse, and lse, for a query whose weights,
-// exp(score - top), add up to sum. One that sees no key gives zeros; one that sees only scores of
-// -inf gives NaN, as softmax does; a score of inf gives an lse of inf.
-template <class A> A inverse_of(A sum, bool sees) {
-  if (sum == 0) return sees ? std::numeric_limits<A>::quiet_NaN() : 0;
-  return 1 / sum;
-}
-template <class A> A lse_of(double top, A sum) {
-  constexpr A kInf = std::numeric_limits<A>::infinity();
-  if (sum == 0) return -kInf;
-  if (top == kInf) return kInf;
-  return static_cast<A>(top + std::log(sum));
+// What the sums over the keys are divided by, as its inverse, and lse, for kLanes queries whose
+// weights, exp(score - top), add up to sum. A query that sees only scores of -inf gives NaN, as
+// softmax does; a score of inf gives an lse of inf.
+template <class A> inline void end_sums(Vec<A>& inverse, Vec<A>& lse, Vec<A> sum, Vec<A> top) {
+  const Vec<A> inf = splat(std::numeric_limits<A>::infinity());
+  const Vec<A> none = splat(std::numeric_limits<A>::quiet_NaN());
+  inverse = sum == 0 ? none : 1 / sum;
+  lse = sum == 0 ? -inf : (top == inf ? inf : top + log(sum));
 }
 
 // Scores (n) of the keys of [0, n) outside [from, to) become -inf.
@@ -116,6 +112,13 @@ template <class A> void hide(A* scores, int64_t n, int64_t from, int64_t to) {
   }
 }
 
+// Forgets the sums of kTileRows queries, the chunk's from `at` on; the first product sets out.
+template <class E> void begin_tile(const ForwardScratch<E>& w, int64_t at) {
+  using A = Acc<E>;
+  memset(w.sum + at * kLanes<A>, 0, kTileRows<E> * kLanes<A> * sizeof(A));
+  for (int64_t r = at; r < at + kTileRows<E>; r++) w.top[r] = kNoTop<A>;
+}
+
 // kTileRows queries from i0 on, of which n are there, the chunk's from `at` on, take in block
 // `block` of the span, the keys from j0 on.
 template <class E>
@@ -128,6 +131,8 @@ void forward_tile(const ForwardScratch<E>& w, int64_t at, int block, const Seque
   const int64_t begin = clamp(s.first_key(i0) - j0, 0, kBlock) / kFactors<E> * kFactors<E>;
   const int64_t end = clamp(s.end_key(i0 + n - 1) - j0, 0, kBlock);
   if (begin >= end) return;
+  const bool first = s.first_key(i0) >= j0;
+  if (first) begin_tile(w, at);
   const int64_t keys = round_up(end - begin, kFactors<E>);
   product<false, E>(w.scores, kBlock, w.queries + at * w.units, w.units,
                     w.keys + block * kBlock * w.units, kBlock, begin / kLane,
@@ -148,9 +153,41 @@ void forward_tile(const ForwardScratch<E>& w, int64_t at, int block, const Seque
     if (keys == kBlock) step(std::integral_constant<int64_t, kBlock>{});
     else step(keys);
   }
-  product<true, E>(w.out + at * w.width, w.width, weights, kBlock,
-                   w.values + (block * kBlock + begin) / kU * w.width, w.width, 0,
-                   w.width / kLane, (end - begin + kU - 1) / kU);
+  const auto add_values = [&](auto to_sums) {
+    product<to_sums, E>(w.out + at * w.width, w.width, weights, kBlock,
+                        w.values + (block * kBlock + begin) / kU * w.width, w.width, 0,
+                        w.width / kLane, (end - begin + kU - 1) / kU);
+  };
+  first ? add_values(std::false_type{}) : add_values(std::true_type{});
+}
+
+// Writes the rows of the n queries from i0 on, the chunk's from `at` on, and their lse.
+template <class T, class E>
+void finish_tile(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int64_t h, int64_t i0,
+                 int64_t n, const ForwardScratch<E>& w, int64_t at) {
+  using A = Acc<E>;
+  constexpr int64_t kLane = kLanes<A>, kRows = most(kTileRows<E>, kLane);
+  A total[kRows] = {}, top[kRows] = {}, inverse[kRows], ends[kRows];
+  for (int r = 0; r < kTileRows<E>; r += 4) {
+    Vec<A> sums[4];
+    for (int m = 0; m < 4; m++) sums[m] = load(w.sum + (at + r + m) * kLane);
+    sum_each(total + r, sums);
+    for (int m = r; m < r + 4; m++) top[m] = w.top[at + m] * A(kLnOfBase<E>);
+  }
+  for (int r = 0; r < kTileRows<E>; r += kLane) {
+    Vec<A> inverses, lses;
+    end_sums<A>(inverses, lses, load(total + r), load(top + r));
+    store(inverse + r, inverses);
+    store(ends + r, lses);
+  }
+  for (int64_t r = 0; r < n; r++) {
+    const int64_t i = i0 + r;
+    const A by = s.end_key(i) > s.first_key(i) ? inverse[r] : 0;
+    const A* out = w.out + (at + r) * w.width;
+    T* row = o + ((s.q_row + i) * a.H + h) * a.D;
+    for_each_vec<A>(a.D, [&](int64_t d, auto n) { store(row + d, load(out + d, n) * by, n); });
+  }
+  memcpy(lse + s.lse_at + h * s.lse_stride + i0, ends, n * sizeof(A));
 }
 
 template <class T, class E>
@@ -162,40 +199,37 @@ void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
   const T* q = static_cast<const T*>(a.q) + s.q_at + h * a.q_stride[2];
   const T* k = static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2];
   const T* v = static_cast<const T*>(a.v) + s.v_at + kv * a.v_stride[2];
+  // Queries that see no key.
+  for (int64_t i = begin; i < end; i += kTileRows<E>) {
+    const int64_t n = least(kTileRows<E>, end - i), at = i - begin;
+    if (s.end_key(i + n - 1) > s.first_key(i)) continue;
+    begin_tile(w, at);
+    memset(w.out + at * w.width, 0, kTileRows<E> * w.width * sizeof(A));
+    finish_tile(o, lse, a, s, h, i, n, w, at);
+  }
   const int64_t padded = round_up(queries, kTileRows<E>);
   lines<E>(w.queries, w.units, padded, q + begin * a.q_stride[1], a.q_stride[1], queries, D);
-  memset(w.out, 0, padded * w.width * sizeof(A));
-  memset(w.sum, 0, padded * kLanes<A> * sizeof(A));
-  for (int64_t r = 0; r < padded; r++) w.top[r] = kNoTop<A>;
   const int64_t keys_end = s.end_key(end - 1);
   for (int64_t span = s.first_key(begin) / kBlock * kBlock; span < keys_end; span += kSpan) {
-    const int blocks = (least(kSpan, keys_end - span) + kBlock - 1) / kBlock;
-    for (int block = 0; block < blocks; block++) {
-      const int64_t j0 = span + block * kBlock, left = s.S - j0;
-      transposed_lines<E>(w.keys + block * kBlock * w.units, kBlock, kBlock, D, [&](int64_t j) {
-        return j < left ? k + (j0 + j) * a.k_stride[1] : nullptr;
-      });
-      pairs<E>(w.values + block * (kBlock / kUnit<E>) * w.width, w.width, kBlock,
-               v + j0 * a.v_stride[1], a.v_stride[1], least(kBlock, left), D);
-    }
-    for (int64_t strip = begin; strip < end; strip += kStrip)
-      for (int block = 0; block < blocks; block++)
-        for (int64_t i = strip; i < least(strip + kStrip, end); i += kTileRows<E>)
-          forward_tile<E>(w, i - begin, block, s, i, least(kTileRows<E>, end - i),
-                          span + block * kBlock, D, Scale<E>(a.scale));
-  }
-  for (int64_t r = 0; r < padded; r += 4) {
-    Vec<A> sums[4];
-    A totals[4];
-    for (int m = 0; m < 4; m++) sums[m] = load(w.sum + (r + m) * kLanes<A>);
-    sum_each(totals, sums);
-    for (int64_t i = begin + r; i < least(begin + r + 4, end); i++) {
-      const A total = totals[i - begin - r];
-      const A inverse = inverse_of(total, s.end_key(i) > s.first_key(i));
-      const A* out = w.out + (i - begin) * w.width;
-      T* row = o + ((s.q_row + i) * a.H + h) * D;
-      for_each_vec<A>(D, [&](int64_t d, auto n) { store(row + d, load(out + d, n) * inverse, n); });
-      lse[s.lse_at + h * s.lse_stride + i] = lse_of(w.top[i - begin] * kLnOfBase<E>, total);
+    int ready = 0;  // blocks laid out, as soon as a strip sees them
+    for (int64_t strip = begin; strip < end; strip += kStrip) {
+      const int64_t strip_end = least(strip + kStrip, end);
+      const int64_t seen = least(s.end_key(strip_end - 1), span + kSpan);
+      for (; span + ready * kBlock < seen; ready++) {
+        const int64_t j0 = span + ready * kBlock, left = s.S - j0;
+        transposed_lines<E>(w.keys + ready * kBlock * w.units, kBlock, kBlock, D, [&](int64_t j) {
+          return j < left ? k + (j0 + j) * a.k_stride[1] : nullptr;
+        });
+        pairs<E>(w.values + ready * (kBlock / kUnit<E>) * w.width, w.width, kBlock,
+                 v + j0 * a.v_stride[1], a.v_stride[1], least(kBlock, left), D);
+      }
+      for (int64_t j0 = span; j0 < seen; j0 += kBlock)
+        for (int64_t i = strip; i < strip_end; i += kTileRows<E>) {
+          const int64_t n = least(kTileRows<E>, strip_end - i), last = s.end_key(i + n - 1);
+          forward_tile<E>(w, i - begin, (j0 - span) / kBlock, s, i, n, j0, D, Scale<E>(a.scale));
+          if (last > j0 && last <= j0 + kBlock && last > s.first_key(i))
+            finish_tile(o, lse, a, s, h, i, n, w, i - begin);
+        }
     }
   }
 }
@@ -319,12 +353,14 @@ void forward_query(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
       }
   }
   for (int64_t h = first; h < last; h++) {
-    const A total = sum(load(scratch.total + (h - first) * kLanes<A>));
-    const A inverse = inverse_of(total, s.end_key(i) > s.first_key(i));
+    Vec<A> inverse, lses;
+    end_sums<A>(inverse, lses, splat(sum(load(scratch.total + (h - first) * kLanes<A>))),
+                splat(scratch.top[h - first]));
+    if (s.end_key(i) <= s.first_key(i)) inverse = Vec<A>{};
     const A* out = scratch.out + (h - first) * D;
     T* row = o + ((s.q_row + i) * a.H + h) * D;
     for_each_vec<A>(D, [&](int64_t d, auto w) { store(row + d, load(out + d, w) * inverse, w); });
-    lse[s.lse_at + h * s.lse_stride + i] = lse_of(scratch.top[h - first], total);
+    lse[s.lse_at + h * s.lse_stride + i] = lses[0];
   }
 }
 

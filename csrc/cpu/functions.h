@@ -1,5 +1,7 @@
 // Sums and largest elements across lanes, and exponentials.
 #pragma once
+#include <cmath>
+
 #include "vec.h"
 
 LX_NAMESPACE_BEGIN
@@ -129,6 +131,22 @@ inline Vec32 polynomial(Vec32 x, float first, std::initializer_list<float> other
   Vec32 p = splat(first);
   for (float c : others) p = p * x + c;
   return p;
+}
+
+// ln x to 3 ulp, for normal x > 0; NaN for NaN, inf for inf. x = m 2^e with m from sqrt(1/2) to
+// sqrt(2), and ln m = 2 artanh((m - 1) / (m + 1)) by its series.
+inline Vec32 log(Vec32 x) {
+  constexpr int32_t kLeast = 0x3f3504f4;  // the bits of m's least value
+  const Int32 e = ((Int32)x - kLeast) >> 23;
+  const Vec32 m = (Vec32)((Int32)x - (e << 23)), s = (m - 1) / (m + 1);
+  const Vec32 series = polynomial(s * s, 2.f / 9, {2.f / 7, 2.f / 5, 2.f / 3, 2.f});
+  const Vec32 y = __builtin_convertvector(e, Vec32) * 0.693147181f + s * series;
+  return x < __builtin_inff() ? y : x;
+}
+
+inline Vec64 log(Vec64 x) {
+  for (int i = 0; i < kLanes<double>; i++) x[i] = std::log(x[i]);
+  return x;
 }
 
 // 2^f by minimax polynomials, as exact as what it becomes a part of, rounded to T, can show: to

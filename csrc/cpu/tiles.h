@@ -51,8 +51,8 @@ template <class E> inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Acc<E> a, Vec<
     return c + a * b;
 }
 
-// The sums of kTileRows rows by kVecs vectors of columns over K units, which are added to kSets sets
-// of sums in turn: with two, no addition of a narrow tile waits for the one before.
+// The sums of kTileRows rows by kVecs vectors of columns over K units, added to kSets sets of sums
+// in turn: with two, no addition of a narrow tile waits for the one before.
 template <class E, int kVecs, int kSets> struct Tile {
   using A = Acc<E>;
   Vec<A> sum[kTileRows<E>][kVecs * kSets] = {};

@@ -143,7 +143,7 @@ template <class T> inline void store(T* p, Vec<Acc<T>> v) {
   }
 }
 
-// store, past the caches (the vector at p is aligned): memory need not be read before it is written.
+// store, past the caches (p is aligned to the vector): memory need not be read before the write.
 template <class T> inline void store_past_cache(T* p, Vec<Acc<T>> v) {
   if constexpr (sizeof(T) == 2) {
     const Bits16 h = narrow(v, T{});
