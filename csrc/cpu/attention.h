@@ -59,7 +59,7 @@ template <class E> constexpr double kLnOfBase = kFused<E> ? 0.693147180559945309
 template <class E> inline Vec<Acc<E>> weight_of(Vec<Acc<E>> score, Acc<E> factor, Vec<Acc<E>> top) {
   Vec<Acc<E>> x = score * factor;
   if constexpr (kFused<E>) {
-    return exp2_near(x - top);
+    return exp2_near<E>(x - top);
   } else {
     asm("" : "+v"(x));  // no fused multiplication and subtraction
     return exp_negative(x - top);
