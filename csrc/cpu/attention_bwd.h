@@ -76,15 +76,15 @@ void for_each_query_group(const Sequence& s, int64_t j0, int64_t i0, int64_t row
   }
 }
 
-// c (D, kQueries) += keys (D lines of kBlock) * weights (kBlock units, kQueries), of the first n
-// keys and the vectors [begin, end) of queries.
+// c (D, kQueries) = keys (D lines of kBlock) * weights (kBlock units, kQueries), or where `add` c +=
+// that, of the first n keys and the vectors [begin, end) of queries.
 template <class E>
-void accumulate_over_keys(Acc<E>* c, const Acc<E>* keys, const Acc<E>* weights, int begin, int end,
-                          int64_t n, int64_t D) {
+void accumulate_over_keys(bool add, Acc<E>* c, const Acc<E>* keys, const Acc<E>* weights,
+                          int begin, int end, int64_t n, int64_t D) {
   constexpr int64_t kUnits = kBlock / kUnit<E>;
   for (int64_t d = 0; d < D; d += kTileRows<E>)
-    product<true, E>(c + d * kQueries, kQueries, keys + d * kUnits, kUnits, weights, kQueries,
-                     begin, end, n / kUnit<E>);
+    product<E>(add, c + d * kQueries, kQueries, keys + d * kUnits, kUnits, weights, kQueries, begin,
+               end, n / kUnit<E>);
 }
 
 template <class E> struct BackwardScratch {
@@ -163,9 +163,11 @@ void weights_and_ds(const BackwardScratch<E>& w, Acc<E>* ds_lines, Acc<E>* ds_pa
 }
 
 // The tile of block `block` (of the span; keys from j0 on) and the strip of queries from i0 on.
+// begun: whether dk and dv of the block have sums already.
 template <class E>
-void backward_tile(const BackwardScratch<E>& w, int block, Acc<E>* dq, const Sequence& s,
-                   int64_t j0, int64_t i0, int64_t rows, int64_t D, Scale<E> scale) {
+void backward_tile(const BackwardScratch<E>& w, int block, bool begun, Acc<E>* dq,
+                   const Sequence& s, int64_t j0, int64_t i0, int64_t rows, int64_t D,
+                   Scale<E> scale) {
   using A = Acc<E>;
   constexpr int kU = kUnit<E>;
   const int64_t units = (D + kU - 1) / kU;
@@ -187,15 +189,16 @@ void backward_tile(const BackwardScratch<E>& w, int block, Acc<E>* dq, const Seq
       const int64_t first = seen.begin * kLanes<A> / kU;  // queries, in units
       const int64_t count = (seen.end - seen.begin) * kLanes<A> / kU;
       const int64_t at = (row + n) * w.width, line = n * (kQueries / kU) + first;
-      product<true, E>(w.dv + at, w.width, w.weight_lines + line, kQueries / kU,
-                       w.dout_pairs + first * w.width, w.width, 0, vecs, count);
-      product<true, E>(w.dk + at, w.width, ds_lines + line, kQueries / kU,
-                       w.query_pairs + first * w.width, w.width, 0, vecs, count);
+      product<E>(begun, w.dv + at, w.width, w.weight_lines + line, kQueries / kU,
+                 w.dout_pairs + first * w.width, w.width, 0, vecs, count);
+      product<E>(begun, w.dk + at, w.width, ds_lines + line, kQueries / kU,
+                 w.query_pairs + first * w.width, w.width, 0, vecs, count);
     }
   }
   for_each_query_group<E>(s, j0, i0, rows, [&](int begin, int end, int64_t n) {
-    accumulate_over_keys<E>(dq, w.keys_t + block * (kBlock / kU) * w.width, w.ds_pairs, begin, end,
-                            n, D);
+    accumulate_over_keys<E>(s.first_key(i0) < j0, dq,
+                            w.keys_t + block * (kBlock / kU) * w.width, w.ds_pairs, begin, end, n,
+                            D);
   });
 }
 
@@ -238,7 +241,12 @@ void backward_head(const BackwardTensors& g, const Attention& a, const Sequence&
   const int64_t dout_at = a.cu_q ? s.q_row * dout_stride : s.q_row / a.T * g.dout_stride[0];
   const A* lse = static_cast<const A*>(g.lse) + s.lse_at;
   const A* delta = static_cast<const A*>(g.delta) + s.lse_at;
-  memset(w.dq, 0, heads * strips * w.width * kQueries * sizeof(A));
+  const auto dq = [&](int64_t h, int64_t i0) {  // of a strip
+    return w.dq + (h * strips + i0 / kQueries) * w.width * kQueries;
+  };
+  const auto sees_none = [&](int64_t i0) {
+    return s.end_key(least(i0 + kQueries, s.T) - 1) <= s.first_key(i0);
+  };
   for (int64_t span = 0; span < s.S; span += kSpan) {
     const int64_t span_end = least(span + kSpan, s.S);
     const int blocks = (span_end - span + kBlock - 1) / kBlock;
@@ -247,8 +255,7 @@ void backward_head(const BackwardTensors& g, const Attention& a, const Sequence&
       lay_out_keys<T, E>(w, block, k + j0 * a.k_stride[1], a.k_stride[1],
                          v + j0 * a.v_stride[1], a.v_stride[1], least(kBlock, s.S - j0), D);
     }
-    memset(w.dk, 0, blocks * kBlock * w.width * sizeof(A));
-    memset(w.dv, 0, blocks * kBlock * w.width * sizeof(A));
+    bool begun[kSpan / kBlock] = {};
     for (int64_t h = 0; h < heads; h++) {
       const int64_t head = kv * heads + h;
       const T* q = static_cast<const T*>(a.q) + s.q_at + head * a.q_stride[2];
@@ -268,15 +275,25 @@ void backward_head(const BackwardTensors& g, const Attention& a, const Sequence&
         }
         for (int block = 0; block < blocks; block++) {
           const int64_t j0 = span + block * kBlock;
-          if (s.first_key(i0) < j0 + kBlock && s.end_key(i0 + rows - 1) > j0)
-            backward_tile<E>(w, block, w.dq + (h * strips + i0 / kQueries) * w.width * kQueries, s,
-                             j0, i0, rows, D, Scale<E>(a.scale));
+          if (sees_none(i0) || s.first_key(i0) >= j0 + kBlock || s.end_key(i0 + rows - 1) <= j0)
+            continue;
+          backward_tile<E>(w, block, begun[block], dq(h, i0), s, j0, i0, rows, D,
+                           Scale<E>(a.scale));
+          begun[block] = true;
         }
       }
     }
+    for (int block = 0; block < blocks; block++)
+      for (A* sums : {w.dk, w.dv})
+        if (!begun[block])
+          memset(sums + block * kBlock * w.width, 0, kBlock * w.width * sizeof(A));
     const A scale = static_cast<A>(a.scale);
     for (int64_t j = span; j < span_end; j++) {
       const int64_t at = ((s.k_row + j) * a.Hkv + kv) * D, from = (j - span) * w.width;
+      if (const int64_t ahead = at + kAhead * a.Hkv * D; j + kAhead < span_end) {
+        prefetch<true>(static_cast<T*>(g.dk) + ahead, D);
+        prefetch<true>(static_cast<T*>(g.dv) + ahead, D);
+      }
       for_each_vec<A>(D, [&](int64_t d, auto n) {
         store(static_cast<T*>(g.dk) + at + d, load(w.dk + from + d, n) * scale, n);
         store(static_cast<T*>(g.dv) + at + d, load(w.dv + from + d, n), n);
@@ -285,10 +302,12 @@ void backward_head(const BackwardTensors& g, const Attention& a, const Sequence&
   }
   for (int64_t h = 0; h < heads; h++)
     for (int64_t i0 = 0; i0 < s.T; i0 += kQueries) {
-      transpose(w.rows, w.width, w.dq + (h * strips + i0 / kQueries) * w.width * kQueries, kQueries,
-                w.width, kQueries);
-      for (int64_t r = 0; r < least(kQueries, s.T - i0); r++) {
+      const int64_t rows = least(kQueries, s.T - i0);
+      if (sees_none(i0)) memset(dq(h, i0), 0, w.width * kQueries * sizeof(A));
+      transpose(w.rows, w.width, dq(h, i0), kQueries, w.width, kQueries);
+      for (int64_t r = 0; r < rows; r++) {
         T* row = static_cast<T*>(g.dq) + ((s.q_row + i0 + r) * a.H + kv * heads + h) * D;
+        if (r + kAhead < rows) prefetch<true>(row + kAhead * a.H * D, D);
         for_each_vec<A>(D, [&](int64_t d, auto n) {
           store(row + d, load(w.rows + r * w.width + d, n) * static_cast<A>(a.scale), n);
         });

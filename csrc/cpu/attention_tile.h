@@ -144,12 +144,9 @@ void forward_tile(const ForwardScratch<E>& w, int64_t at, int block, const Seque
     if (keys == kBlock) step(std::integral_constant<int64_t, kBlock>{});
     else step(keys);
   }
-  const auto add_values = [&](auto to_sums) {
-    product<to_sums, E>(w.out + at * w.width, w.width, weights, kBlock,
-                        w.values + (block * kBlock + begin) / kU * w.width, w.width, 0,
-                        w.width / kLane, (end - begin + kU - 1) / kU);
-  };
-  first ? add_values(std::false_type{}) : add_values(std::true_type{});
+  product<E>(!first, w.out + at * w.width, w.width, weights, kBlock,
+             w.values + (block * kBlock + begin) / kU * w.width, w.width, 0, w.width / kLane,
+             (end - begin + kU - 1) / kU);
 }
 
 LX_NAMESPACE_END

@@ -109,12 +109,20 @@ void product(Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>*
   });
 }
 
+// C = A B, or where `add` C += A B, for kTileRows rows.
+template <class E>
+void product(bool add, Acc<E>* c, int64_t ldc, const Acc<E>* a, int64_t lda, const Acc<E>* b,
+             int64_t ldb, int begin, int end, int64_t K) {
+  if (add) product<true, E>(c, ldc, a, lda, b, ldb, begin, end, K);
+  else product<false, E>(c, ldc, a, lda, b, ldb, begin, end, K);
+}
+
 // ---- operands ---------------------------------------------------------------------------------
 
 constexpr int kAhead = 8;  // how many rows before it is read a row is fetched
-template <class T> inline void prefetch(const T* row, int64_t D) {
+template <bool kToWrite = false, class T> inline void prefetch(const T* row, int64_t D) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t j = 0; j < D; j += kLine) __builtin_prefetch(row + j);
+  for (int64_t j = 0; j < D; j += kLine) __builtin_prefetch(row + j, kToWrite);
 }
 
 // out (padded rows, ld units) = lines of x, whose n rows of D lie `stride` apart.
