@@ -76,8 +76,8 @@ void for_each_query_group(const Sequence& s, int64_t j0, int64_t i0, int64_t row
   }
 }
 
-// c (D, kQueries) = keys (D lines of kBlock) * weights (kBlock units, kQueries), of the first n keys
-// and the vectors [begin, end) of queries; c += that where `add`.
+// c (D, kQueries) = or, where `add`, += keys (D lines of kBlock) * weights (kBlock units, kQueries)
+// of the first n keys and the vectors [begin, end) of queries.
 template <class E>
 void accumulate_over_keys(bool add, Acc<E>* c, const Acc<E>* keys, const Acc<E>* weights,
                           int begin, int end, int64_t n, int64_t D) {

@@ -82,12 +82,11 @@ inline void softmax_step(Acc<E>* weights, const Acc<E>* scores, N n, Acc<E>* top
 }
 
 // What the sums over the keys are divided by, as its inverse, and lse, for kLanes queries whose
-// weights, exp(score - top), add up to sum. A query that sees only scores of -inf gives NaN, as
-// softmax does; a score of inf gives an lse of inf.
+// weights, exp(score - top), add up to sum. A query that sees only scores of -inf has sums of 0 and
+// gets NaN, as softmax gives; a score of inf gives an lse of inf.
 template <class A> inline void end_sums(Vec<A>& inverse, Vec<A>& lse, Vec<A> sum, Vec<A> top) {
   const Vec<A> inf = splat(std::numeric_limits<A>::infinity());
-  const Vec<A> none = splat(std::numeric_limits<A>::quiet_NaN());
-  inverse = sum == 0 ? none : 1 / sum;
+  inverse = 1 / sum;
   lse = sum == 0 ? -inf : (top == inf ? inf : top + log(sum));
 }
 
