@@ -29,6 +29,13 @@ def small(data, tmp_path):
     return config
 
 
+def has_logged(run, step):
+    """Whether a run at work has logged this step; a line that it is just writing does not count."""
+    path = os.path.join(run, "metrics.jsonl")
+    return os.path.exists(path) and any(json.loads(line)["step"] >= step
+                                        for line in open(path) if line.endswith("\n"))
+
+
 def rows(run):
     """The metrics without the speeds and the memory, which no two runs share."""
     lines = [json.loads(line) for line in open(os.path.join(run, "metrics.jsonl"))]

@@ -16,7 +16,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from corpus import flip_bit, full_disk, write_texts
-from runs import data, rows, small  # noqa: F401, fixtures
+from runs import data, has_logged, rows, small  # noqa: F401, fixtures
 from llama_ext import checkpoint
 from llama_ext.data import TokenLoader, load_meta
 from llama_ext.errors import LlamaExtError
@@ -39,9 +39,8 @@ def start(config, threads=1):
 
 def kill_at(process, config, step, number):
     """Send the signal once the run has logged this step; returns (exit code, stdout, stderr)."""
-    path = os.path.join(config.run, "metrics.jsonl")
     while process.poll() is None:
-        if os.path.exists(path) and any(row["step"] >= step for row in rows(config.run)):
+        if has_logged(config.run, step):
             process.send_signal(number)
             break
         time.sleep(0.005)

@@ -18,7 +18,7 @@ import processes
 from llama_ext import checkpoint, ranks
 from llama_ext.errors import LlamaExtError
 from llama_ext.train import Trainer, train
-from runs import data, rows, small  # noqa: F401  fixtures
+from runs import data, has_logged, rows, small  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,8 +55,7 @@ def worker(process, rank):
 
 
 def wait_for(process, config, step):
-    path = os.path.join(config.run, "metrics.jsonl")
-    while not (os.path.exists(path) and any(row["step"] >= step for row in rows(config.run))):
+    while not has_logged(config.run, step):
         if process.poll() is not None:
             pytest.fail("\n".join(process.communicate()))
         time.sleep(0.005)
