@@ -1,7 +1,5 @@
 // What attention's forward and backward share: where sequences lie, and who sees whom.
 #pragma once
-#include <cmath>
-
 #include "tiles.h"
 
 LX_NAMESPACE_BEGIN
