@@ -21,12 +21,25 @@ class AmxTiles {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } shape;
-    _tile_loadconfig(&shape);
+    // _tile_loadconfig says of eight bytes only that it reads them.
+    asm volatile("ldtilecfg %0" ::"m"(shape));
   }
   ~AmxTiles() { _tile_release(); }
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
 };
+
+// One instruction each, on the tile registers with these numbers; rows lie `bytes` apart.
+template <int tile> inline void amx_load(const float* p, int64_t bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(bytes), "i"(tile) : "memory");
+}
+template <int tile> inline void amx_store(float* p, int64_t bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(bytes), "i"(tile) : "memory");
+}
+template <int tile> inline void amx_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(tile)); }
+template <int sum, int a, int b> inline void amx_multiply_add() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
+}
 
 // c (16 groups, 16 vecs) = or += a (16 groups, K units) b (K units, 16 vecs), K a multiple of 16.
 // The four sums, in registers 0 to 3, are 1 group by up to 4 vectors or 2 by up to 2.
