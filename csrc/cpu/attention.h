@@ -41,13 +41,13 @@ struct Sequence {
   int64_t end_query(int64_t j) const { return window ? clamp(j - S + T + window, 0, T) : T; }
 };
 
-// The longest sequence's queries.
-inline int64_t longest(const Attention& a) {
-  if (!a.cu_q) return a.T;
-  int64_t T = 0;
-  for (int64_t b = 0; b < a.B; b++) T = most(T, a.cu_q[b + 1] - a.cu_q[b]);
-  return T;
+// The longest of a batch's sequences, which begin and end at cu, if it is not null, else have n.
+inline int64_t longest(const Attention& a, const int32_t* cu, int64_t n) {
+  for (int64_t b = 0; cu && b < a.B; b++) n = most(b ? n : 0, cu[b + 1] - cu[b]);
+  return n;
 }
+inline int64_t longest(const Attention& a) { return longest(a, a.cu_q, a.T); }
+inline int64_t longest_keys(const Attention& a) { return longest(a, a.cu_k, a.S); }
 
 // Weights are base^(factor * score - top). With factors in bf16 the base is 2 and the difference is
 // rounded once, which costs least; else the base is e, and the difference is exactly 0 at the top.

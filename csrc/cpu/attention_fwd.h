@@ -5,6 +5,7 @@
 // them in block by block, while its sums are at hand, as many queries at once as a tile has rows:
 // their scores, their weights, their sums, of the keys that some of them see.
 #pragma once
+#include "attention_softmax_stage.h"
 #include "attention_query.h"
 
 LX_NAMESPACE_BEGIN
@@ -47,6 +48,7 @@ void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
                    int64_t begin, int64_t end, const ForwardScratch<E>& w) {
   using A = Acc<E>;
   const int64_t D = a.D, queries = end - begin;
+  const Scale<E> scale(a.scale);
   const int64_t kv = h / (a.H / a.Hkv);
   const T* q = static_cast<const T*>(a.q) + s.q_at + h * a.q_stride[2];
   const T* k = static_cast<const T*>(a.k) + s.k_at + kv * a.k_stride[2];
@@ -62,23 +64,45 @@ void forward_chunk(T* o, Acc<T>* lse, const Attention& a, const Sequence& s, int
   const int64_t padded = round_up(queries, kTileRows<E>);
   lines<E>(w.queries, w.units, padded, q + begin * a.q_stride[1], a.q_stride[1], queries, D);
   const int64_t keys_end = s.end_key(end - 1);
-  for (int64_t span = s.first_key(begin) / kBlock * kBlock; span < keys_end; span += kSpan) {
+  const auto lay_out = [&](int64_t span, int64_t j0, auto apart) {
+    const int64_t at = j0 - span, left = s.S - j0;
+    transposed_lines<E>(w.keys + at * w.units, kBlock, kBlock, D, [&](int64_t j) {
+      return j < left ? k + (j0 + j) * a.k_stride[1] : nullptr;
+    });
+    pairs<E, apart>(w.values + at / kUnit<E> * w.width, w.width, kBlock, v + j0 * a.v_stride[1],
+                    a.v_stride[1], least(kBlock, left), D);
+  };
+  const int64_t first_span = s.first_key(begin) / kBlock * kBlock;
+#if defined(__AMX_BF16__)
+  if constexpr (kAmx<E>) {
+    if (goes_by_pipeline<E>(D, scale)) {
+      for (int64_t span = first_span; span < keys_end; span += w.span) {
+        const int64_t span_end = least(span + w.span, keys_end);
+        for (int64_t j0 = span; j0 < span_end; j0 += kBlock)
+          lay_out(span, j0, std::integral_constant<int64_t, kApart>{});
+        const auto finish = [&](const PipelineTile& tile) {
+          finish_tile(o, lse, a, s, h, tile.row, tile.n, w, tile.row - begin);
+        };
+        if (w.width == 64)
+          forward_pipeline<64>(w, s, begin, end, span, span_end, scale.factor, finish);
+        else
+          forward_pipeline<128>(w, s, begin, end, span, span_end, scale.factor, finish);
+      }
+      return;
+    }
+  }
+#endif
+  for (int64_t span = first_span; span < keys_end; span += w.span) {
     int ready = 0;  // blocks laid out, as soon as a strip sees them
     for (int64_t strip = begin; strip < end; strip += kStrip) {
       const int64_t strip_end = least(strip + kStrip, end);
-      const int64_t seen = least(s.end_key(strip_end - 1), span + kSpan);
-      for (; span + ready * kBlock < seen; ready++) {
-        const int64_t j0 = span + ready * kBlock, left = s.S - j0;
-        transposed_lines<E>(w.keys + ready * kBlock * w.units, kBlock, kBlock, D, [&](int64_t j) {
-          return j < left ? k + (j0 + j) * a.k_stride[1] : nullptr;
-        });
-        pairs<E>(w.values + ready * (kBlock / kUnit<E>) * w.width, w.width, kBlock,
-                 v + j0 * a.v_stride[1], a.v_stride[1], least(kBlock, left), D);
-      }
+      const int64_t seen = least(s.end_key(strip_end - 1), span + w.span);
+      for (; span + ready * kBlock < seen; ready++)
+        lay_out(span, span + ready * kBlock, std::integral_constant<int64_t, 1>{});
       for (int64_t j0 = span; j0 < seen; j0 += kBlock)
         for (int64_t i = strip; i < strip_end; i += kTileRows<E>) {
           const int64_t n = least(kTileRows<E>, strip_end - i), last = s.end_key(i + n - 1);
-          forward_tile<E>(w, i - begin, (j0 - span) / kBlock, s, i, n, j0, D, Scale<E>(a.scale));
+          forward_tile<E>(w, i - begin, (j0 - span) / kBlock, s, i, n, j0, D, scale);
           if (last > j0 && last <= j0 + kBlock && last > s.first_key(i))
             finish_tile(o, lse, a, s, h, i, n, w, i - begin);
         }
@@ -94,6 +118,15 @@ inline int64_t chunk_of(const Attention& a, int64_t threads) {
   return chunk;
 }
 
+// Keys that are laid out at once.
+template <class E> int64_t span_of([[maybe_unused]] const Attention& a) {
+#if defined(__AMX_BF16__)
+  if (goes_by_pipeline<E>(a.D, Scale<E>(a.scale)))
+    return least(pipeline_span(a.D), round_up(longest_keys(a), kBlock));
+#endif
+  return kSpan;
+}
+
 // Keys are not split.
 int64_t attention_fwd_parts(const Attention*) { return 1; }
 
@@ -103,9 +136,10 @@ Status attention_fwd(void* o, void* lse, void*, const Attention* attention, Stre
     using T = decltype(t);
     using E = Factor<T>;
     const int64_t size = chunk_of(a, num_threads(stream));
+    const int64_t span = span_of<E>(a);
     const int64_t chunks = (longest(a) + size - 1) / size, items = a.B * a.H * chunks;
     const int64_t heads = heads_of(a, num_threads(stream));
-    const int64_t bytes = most(ForwardScratch<E>(nullptr, a.D, size).bytes,
+    const int64_t bytes = most(ForwardScratch<E>(nullptr, a.D, size, span).bytes,
                                QueryScratch<T>(nullptr, a.D, heads).bytes);
     const Scratch scratch(bytes * num_threads(stream));
     if (!scratch.begin()) return kOutOfMemory;
@@ -118,7 +152,7 @@ Status attention_fwd(void* o, void* lse, void*, const Attention* attention, Stre
       if (end - begin > kFewQueries) {
         [[maybe_unused]] const TileState<E> tiles;
         forward_chunk<T, E>(static_cast<T*>(o), static_cast<Acc<T>*>(lse), a, s, h, begin, end,
-                            ForwardScratch<E>(memory, a.D, size));
+                            ForwardScratch<E>(memory, a.D, size, span));
       } else if (h % heads == 0) {
         for (int64_t i = begin; i < end; i++)
           forward_query<T>(static_cast<T*>(o), static_cast<Acc<T>*>(lse), a, s, h,

@@ -7,18 +7,20 @@ LX_NAMESPACE_BEGIN
 template <class E> struct ForwardScratch {
   using A = Acc<E>;
   int64_t units, width;  // of a row of D: units, numbers
+  int64_t span;          // keys that are laid out at once
   A *keys, *values;      // per block of the span: (units, kBlock), (kBlock units, width)
   A *scores;             // (kTileRows, kBlock); weights, in units, at the beginning of each row
   A *queries, *out;      // per query of the chunk: (units), (width)
   A *sum, *top;          // per query: (kLanes), to be added up; one number
   int64_t bytes;
 
-  ForwardScratch(char* memory, int64_t D, int64_t chunk) {
+  ForwardScratch(char* memory, int64_t D, int64_t chunk, int64_t most_keys)
+      : span(most_keys) {
     Cutter cut(memory);
     units = round_up(D, kFactors<E>) / kUnit<E>;
     width = round_up(D, kPad<E>);
-    keys = cut.template array<A>(kSpan * units);
-    values = cut.template array<A>(kSpan / kUnit<E> * width);
+    keys = cut.template array<A>(span * units);
+    values = cut.template array<A>(span / kUnit<E> * width);
     scores = cut.template array<A>(kTileRows<E> * kBlock);
     queries = cut.template array<A>(chunk * units);
     out = cut.template array<A>(chunk * width);
@@ -92,6 +94,15 @@ template <class A> inline void end_sums(Vec<A>& inverse, Vec<A>& lse, Vec<A> sum
 
 // Scores (n) of the keys of [0, n) outside [from, to) become -inf.
 template <class A> void hide(A* scores, int64_t n, int64_t from, int64_t to) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    const uint64_t seen = (to < 64 ? uint64_t{1} << to : 0) - (from < 64 ? uint64_t{1} << from : 0);
+    const __m512 hidden = _mm512_set1_ps(-__builtin_inff());
+    for (int64_t j = 0; j < n; j += 16)
+      _mm512_storeu_ps(scores + j, _mm512_mask_loadu_ps(hidden, seen >> j, scores + j));
+    return;
+  }
+#endif
   using Index = std::conditional_t<sizeof(A) == 4, Int32, Int64>;
   Index key;
   for (int i = 0; i < kLanes<A>; i++) key[i] = i;

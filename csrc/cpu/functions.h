@@ -154,7 +154,9 @@ inline Vec64 log(Vec64 x) {
 // is 1, to 1, else from -1/2 to 1/2.
 template <class T> inline Vec32 exp2_fraction(Vec32 f) {
 #if defined(__AVX512F__)
-  if constexpr (!std::is_same_v<T, float>)
+  if constexpr (std::is_same_v<T, bf16>)
+    return polynomial(f, 7.706719637e-2f, {2.276448160e-1f, 6.951168180e-1f, 1.f});
+  if constexpr (std::is_same_v<T, f16>)
     return polynomial(f, 1.342668477e-2f, {5.224247277e-2f, 2.412802130e-1f, 6.930448413e-1f,
                                            1.f});
   return polynomial(f, 1.867130050e-3f, {9.017030708e-3f, 5.579991266e-2f, 2.401644439e-1f,

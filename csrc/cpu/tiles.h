@@ -253,19 +253,22 @@ inline Vec<Acc<E>> multiply_add(Vec<Acc<E>> c, Vec<Acc<E>> a, Vec<Acc<E>> b) {
     return c + a * b;
 }
 
-// out (padded / kUnit, ld) = pairs of x, whose n rows of D lie `stride` apart.
-template <class E, class T>
+// out (padded / kUnit, ld) = pairs of x, whose n rows of D lie `stride` apart: of rows that follow
+// each other, or of those kApart apart in groups of twice as many.
+template <class E, int64_t kApart = 1, class T>
 void pairs(Acc<E>* out, int64_t ld, int64_t padded, const T* x, int64_t stride, int64_t n,
            int64_t D) {
   using A = Acc<E>;
-  for (int64_t i = 0; i < padded; i += kUnit<E>) {
-    A* line = out + i / kUnit<E> * ld;
-    for (int r = 0; r < kUnit<E>; r++) prefetch(x + (i + r + kAhead) * stride, D);
+  constexpr int kU = kUnit<E>;
+  for (int64_t u = 0; u < padded / kU; u++, out += ld) {
+    const int64_t i = u / kApart * kApart * kU + u % kApart;
+    for (int r = 0; r < kU; r++) prefetch(x + (i + r * kApart + kAhead) * stride, D);
     for_each_vec<A>(D, [&](int64_t j, auto w) {
       const T* at = x + i * stride + j;
-      store(line + j, unit<E>(i < n ? at : nullptr, i + 1 < n ? at + stride : nullptr, w), w);
+      const T* other = i + kApart < n ? at + kApart * stride : nullptr;
+      store(out + j, unit<E>(i < n ? at : nullptr, other, w), w);
     });
-    for (int64_t j = D; j < ld; j++) line[j] = 0;
+    for (int64_t j = D; j < ld; j++) out[j] = 0;
   }
 }
 
