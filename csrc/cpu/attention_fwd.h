@@ -3,7 +3,8 @@
 // Queries are rows: scores (queries, keys), out (queries, D). An item of work is a chunk of queries
 // of one head. It takes kSpan keys at a time, laid out once for all its strips; each strip takes
 // them in block by block, while its sums are at hand, as many queries at once as a tile has rows:
-// their scores, their weights, their sums, of the keys that some of them see.
+// their scores, their weights, their sums, of the keys that some of them see. With AMX and usual
+// head dims they go through a pipeline instead (attention_pipeline.h).
 #pragma once
 #include "attention_softmax_stage.h"
 #include "attention_query.h"

@@ -150,7 +150,7 @@ inline Vec64 log(Vec64 x) {
 }
 
 // 2^f by minimax polynomials, as exact as what it becomes a part of, rounded to T, can show: to
-// 2.9e-6 for fp16, 7.5e-5 or better for bf16, and about 1 ulp. With AVX-512 for f from 0, where it
+// 2.9e-6 for fp16, 8.6e-5 or better for bf16, and about 1 ulp. With AVX-512 for f from 0, where it
 // is 1, to 1, else from -1/2 to 1/2.
 template <class T> inline Vec32 exp2_fraction(Vec32 f) {
 #if defined(__AVX512F__)
